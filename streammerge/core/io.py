@@ -1,0 +1,262 @@
+"""Every file operation of the package, reads included.
+
+Other rooms call these functions through the module (`io.fsync(fd, path)`), so that a test can fail, shorten, reorder
+or kill the n-th one. Operations on the output raise WriteError, operations on inputs InputReadError; both name the
+path and the operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.core.errors import InputMissingError, InputReadError, UnsafeInputError, WriteError
+
+PAGE = mmap.PAGESIZE
+NETWORK_FILE_SYSTEMS = frozenset(
+    {0x6969, 0xFF534D42, 0x517B, 0xFE534D42, 0x0BD00BD0, 0x47504653, 0x65735546, 0x19830326, 0x01021997, 0x00C36400}
+)
+"""statfs magic numbers of NFS, CIFS, SMB, SMB2, Lustre, GPFS, FUSE, BeeGFS, 9P and Ceph: a file there can shrink under
+a mapping, which kills the process."""
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputMissingError(str(path)) from None
+    except OSError as error:
+        raise InputReadError(str(path), operation, error.strerror or str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells a file from a changed one: size in bytes, modification time in ns, device and inode."""
+
+    size: int
+    mtime_ns: int
+    device: int
+    inode: int
+
+
+def state_of(fd: int, path: str) -> FileState:
+    """The state of an open input."""
+    with _reading(path, "stat"):
+        found = os.fstat(fd)
+    return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
+
+
+def open_input(path: str | os.PathLike[str]) -> int:
+    """A read-only descriptor of a regular file; a FIFO or device is refused without waiting for it."""
+    with _reading(path, "open"):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise UnsafeInputError(str(path), "not a regular file")
+    return fd
+
+
+def read_at(fd: int, path: str, offset: int, size: int) -> bytearray:
+    """Exactly `size` bytes at `offset`; a short file is an InputReadError, never a short result."""
+    buffer = bytearray(size)
+    read_into(fd, path, offset, memoryview(buffer))
+    return buffer
+
+
+def read_into(fd: int, path: str, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` from `offset`."""
+    done = 0
+    with _reading(path, "read"):
+        while done < len(buffer):
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise InputReadError(str(path), "read", f"the file ends at byte {offset + done:,}; did it change?")
+            done += count
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The whole of a small input; InputReadError if it has more than `limit` bytes."""
+    fd = open_input(path)
+    try:
+        size = state_of(fd, str(path)).size
+        if size > limit:
+            raise InputReadError(str(path), "read", f"{size:,} bytes, at most {limit:,} are read of such a file")
+        return bytes(read_at(fd, str(path), 0, size))
+    finally:
+        os.close(fd)
+
+
+def read_text_or_none(path: str) -> str | None:
+    """The text of a small system file, None where it is not there."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None
+
+
+def map_input(fd: int, path: str, size: int) -> mmap.mmap:
+    """A private mapping of the first `size` bytes. Copy-on-write, so that libraries which insist on writable memory
+    take it; nobody writes to it, and the file could not be reached if they did."""
+    with _reading(path, "map"):
+        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def give_back(mapping: mmap.mmap, start: int, end: int) -> None:
+    """Drop the pages of [start, end) from this process: they stay in the page cache, not in our memory."""
+    first = start // PAGE * PAGE
+    if end > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def close(fd: int) -> None:
+    """Close a descriptor."""
+    os.close(fd)
+
+
+def list_tree(root: str | os.PathLike[str]) -> list[str]:
+    """Relative paths (with `/`) of everything below `root` that is not a directory, sorted; symlinked directories are
+    listed as entries and not entered."""
+    found: list[str] = []
+    pending = [""]
+    with _reading(root, "list"):
+        while pending:
+            folder = pending.pop()
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    name = f"{folder}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(f"{name}/")
+                    else:
+                        found.append(name)
+    return sorted(found)
+
+
+def is_on_network(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` lies on a file system of NETWORK_FILE_SYSTEMS."""
+    kind = _file_system_type(os.fspath(path))
+    return kind is not None and kind in NETWORK_FILE_SYSTEMS
+
+
+def _file_system_type(path: str) -> int | None:
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        buffer = ctypes.create_string_buffer(256)
+        if libc.statfs(os.fsencode(path), buffer) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFFFFFF
+
+
+# --- the output -----------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(str(path), operation, error.strerror or str(error)) from error
+
+
+def make_dirs(path: str | os.PathLike[str]) -> None:
+    """Create a directory and its parents."""
+    with _writing(path, "create the directory"):
+        os.makedirs(path, exist_ok=True)
+
+
+def create(path: str | os.PathLike[str]) -> int:
+    """A write descriptor of a new file with mode 0666 & ~umask; an existing path is never opened for writing."""
+    with _writing(path, "create"):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def allocate(fd: int, path: str, size: int) -> None:
+    """Reserve `size` bytes where the file system can, so that a full disk is found now and not at the end."""
+    if size == 0:
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return
+        raise WriteError(str(path), "reserve space for", error.strerror or str(error)) from error
+
+
+def write_at(fd: int, path: str, offset: int, data: memoryview | bytes) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    done = 0
+    with _writing(path, "write"):
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sync_file(fd: int, path: str) -> None:
+    """Make a file's bytes durable. A failure is final: the kernel has dropped the pages."""
+    with _writing(path, "sync"):
+        os.fsync(fd)
+
+
+def drop_cached(fd: int, offset: int, size: int) -> None:
+    """Advise that written bytes will not be read again soon; best effort."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Move a finished file into place; replaces atomically."""
+    with _writing(target, "rename into"):
+        os.replace(source, target)
+
+
+def sync_dir(path: str | os.PathLike[str]) -> None:
+    """Make a directory's entries durable; file systems that cannot sync a directory are tolerated."""
+    with _writing(path, "sync"):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        finally:
+            os.close(fd)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file of ours; one that is already gone is fine."""
+    with _writing(path, "remove"), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_dir(path: str | os.PathLike[str]) -> None:
+    """Remove an empty directory of ours; one that is already gone is fine."""
+    with _writing(path, "remove"), contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+def free_space(path: str | os.PathLike[str]) -> int:
+    """Bytes an ordinary user may still write on the file system of `path`."""
+    with _writing(path, "measure the free space of"):
+        found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def write_new(path: str | os.PathLike[str], data: bytes) -> None:
+    """A small file, written and made durable; the caller renames it into place."""
+    fd = create(path)
+    try:
+        write_at(fd, str(path), 0, data)
+        sync_file(fd, str(path))
+    finally:
+        close(fd)
