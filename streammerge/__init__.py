@@ -1,1 +1,55 @@
-"""placeholder"""
+"""streammerge: merge PEFT adapters into checkpoints, streaming, right or refused.
+
+    import streammerge as sm
+
+    report = sm.merge("path/to/base", "path/to/adapter", "path/to/output")
+    plan = sm.plan("path/to/base", ["adapter-a", "adapter-b"], weights=[1.0, 0.5])
+
+Importing this package loads neither torch nor numpy; they are loaded when they are first needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from streammerge.core.errors import StreamMergeError
+
+if TYPE_CHECKING:
+    from streammerge.api import inspect, merge, plan, verify
+    from streammerge.core.options import Options
+    from streammerge.execute import Event
+    from streammerge.inspection import AdapterStatus
+    from streammerge.planning.model import MergePlan
+    from streammerge.report import Report
+
+__all__ = ["AdapterStatus", "Event", "MergePlan", "Options", "Report", "StreamMergeError", "inspect", "merge", "plan", "verify"]
+
+_HOMES = {
+    "AdapterStatus": "inspection",
+    "Event": "execute",
+    "MergePlan": "planning.model",
+    "Options": "core.options",
+    "Report": "report",
+    "inspect": "api",
+    "merge": "api",
+    "plan": "api",
+    "verify": "api",
+}
+
+try:
+    __version__ = _version("streammerge")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"streammerge.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

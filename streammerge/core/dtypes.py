@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
 BITS: Mapping[str, int] = MappingProxyType(
@@ -58,3 +59,10 @@ def as_numpy(data: memoryview, dtype: str) -> NDArray[np.floating]:
         return widened
     kinds: dict[str, type[np.floating]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
     return np.frombuffer(data, kinds[dtype])
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a float dtype; raises KeyError for one that no arithmetic is done on."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]

@@ -11,12 +11,14 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from streammerge.core.errors import InputMissingError, InputReadError, UnsafeInputError, WriteError
+from streammerge.core.errors import InputMissingError, InputReadError, StreamMergeError, UnsafeInputError, WriteError
 
 PAGE = mmap.PAGESIZE
 NETWORK_FILE_SYSTEMS = frozenset(
@@ -24,6 +26,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 """statfs magic numbers of NFS, CIFS, SMB, SMB2, Lustre, GPFS, FUSE, BeeGFS, 9P and Ceph: a file there can shrink under
 a mapping, which kills the process."""
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+"""Below `CACHE/blobs`, where huggingface_hub 2 keeps files that several repositories share."""
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -31,6 +35,8 @@ a mapping, which kills the process."""
 def _reading(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
     try:
         yield
+    except StreamMergeError:
+        raise
     except FileNotFoundError:
         raise InputMissingError(str(path)) from None
     except OSError as error:
@@ -95,6 +101,13 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def input_stream(fd: int, path: str) -> Iterator[BinaryIO]:
+    """A file object over an open input, for the standard library's readers; the descriptor stays open."""
+    with _reading(path, "read"), os.fdopen(fd, "rb", closefd=False) as stream:
+        yield stream
+
+
 def read_text_or_none(path: str) -> str | None:
     """The text of a small system file, None where it is not there."""
     try:
@@ -122,6 +135,22 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something is at `path`; a dangling link is nothing."""
+    return os.path.exists(path)
+
+
+def is_dir(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory."""
+    return os.path.isdir(path)
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file."""
+    with _reading(path, "stat"):
+        return os.stat(path).st_size
+
+
 def list_tree(root: str | os.PathLike[str]) -> list[str]:
     """Relative paths (with `/`) of everything below `root` that is not a directory, sorted; symlinked directories are
     listed as entries and not entered."""
@@ -138,6 +167,27 @@ def list_tree(root: str | os.PathLike[str]) -> list[str]:
                     else:
                         found.append(name)
     return sorted(found)
+
+
+def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
+    """The real path of `name` below `root`. Links are followed inside `root`, and from a snapshot of the Hub cache to
+    the blobs of the same repository or the cache's shared Xet blobs; any other link is an UnsafeInputError."""
+    path = os.path.join(root, name)
+    with _reading(path, "resolve"):
+        home = os.path.realpath(root, strict=True)
+        target = os.path.realpath(path, strict=True)
+    if not Path(target).is_relative_to(home) and not _is_blob_of(home, target):
+        raise UnsafeInputError(path, f"a link that leads out of the checkpoint, to `{target}`")
+    return target
+
+
+def _is_blob_of(home: str, target: str) -> bool:
+    """Whether `home` is (in) `CACHE/models--*/snapshots/*` and `target` a blob that the Hub client links there."""
+    for folder in Path(home).parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            shared = os.path.relpath(target, folder.parent.parent / "blobs")
+            return Path(target).parent == folder.parent / "blobs" or _SHARED_BLOB.fullmatch(shared) is not None
+    return False
 
 
 def is_on_network(path: str | os.PathLike[str]) -> bool:
@@ -192,7 +242,7 @@ def allocate(fd: int, path: str, size: int) -> None:
         raise WriteError(str(path), "reserve space for", error.strerror or str(error)) from error
 
 
-def write_at(fd: int, path: str, offset: int, data: memoryview | bytes) -> None:
+def write_at(fd: int, path: str, offset: int, data: memoryview | bytes | bytearray) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
     done = 0
@@ -208,7 +258,7 @@ def sync_file(fd: int, path: str) -> None:
 
 
 def drop_cached(fd: int, offset: int, size: int) -> None:
-    """Advise that written bytes will not be read again soon; best effort."""
+    """Start writing bytes back to the disk, and drop from the page cache what is already there; best effort."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
@@ -239,10 +289,13 @@ def remove(path: str | os.PathLike[str]) -> None:
         os.unlink(path)
 
 
-def remove_dir(path: str | os.PathLike[str]) -> None:
-    """Remove an empty directory of ours; one that is already gone is fine."""
-    with _writing(path, "remove"), contextlib.suppress(FileNotFoundError):
+def remove_dir_if_empty(path: str | os.PathLike[str]) -> None:
+    """Remove a directory, unless something is in it or it is already gone."""
+    try:
         os.rmdir(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise WriteError(str(path), "remove", error.strerror or str(error)) from error
 
 
 def free_space(path: str | os.PathLike[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from streammerge.core.errors import MalformedInputError
@@ -17,6 +18,8 @@ MAX_BYTES = 100_000_000
 MAX_DEPTH = 64
 MAX_DIGITS = 40
 """Longer integers cost quadratic time to convert, and 2^64 has 20 digits."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(data: bytes | memoryview, path: str, *, nan_ok: bool = False) -> dict[str, Any]:
@@ -63,12 +66,22 @@ def loads(data: bytes | memoryview, path: str, *, nan_ok: bool = False) -> dict[
         raise refuse("nested too deeply") from None
     if not isinstance(value, dict):
         raise refuse("not a JSON object at the top")
+    if _SURROGATE.search(text) and not _encodable(value):
+        raise refuse("a string holds half of a surrogate pair")
     return value
 
 
 def dumps(value: Any) -> bytes:
     """Canonical JSON as we write it: sorted keys, two spaces, a newline at the end, never NaN."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_depth(text: str, path: str) -> None:

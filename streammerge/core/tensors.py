@@ -132,7 +132,8 @@ class FactorView:
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One formula applied to one place. `formula` names a row of `methods.FORMULAS`; `factors` and `numbers` are what
-    that formula reads. `module` and `rule` say which adapter module this is and how its name was resolved."""
+    that formula reads, `indices` the rows of the place it is about, where it is not about all, `rounding` the dtype of a
+    rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved."""
 
     formula: str
     place: Place
@@ -141,6 +142,8 @@ class Operation:
     rule: str
     factors: Mapping[str, FactorView]
     numbers: Mapping[str, float] = field(default_factory=dict)
+    indices: tuple[int, ...] = ()
+    rounding: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Where the output goes: staged, made durable, renamed into place, marked complete last."""

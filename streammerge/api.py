@@ -1,0 +1,153 @@
+"""The library's front door: plan, merge, inspect, verify. Silent, without exits, leaving the process as it was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from streammerge.core import io
+from streammerge.core.errors import InputMissingError, UsageError
+from streammerge.core.options import Options
+from streammerge.execute import Event, Inputs, execute, silent
+from streammerge.inspection import AdapterStatus, inspect_adapter
+from streammerge.planning.build import build_plan
+from streammerge.planning.model import MergePlan
+from streammerge.report import Report
+from streammerge.sources.adapter import Adapter, open_adapter
+from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
+from streammerge.verification import DEFAULT_SAMPLE, check_after_run, read_marker, recorded_inputs, verify_against, verify_digests
+
+PathLike = str | Path
+Progress = Callable[[Event], None]
+
+
+def merge(
+    base: PathLike,
+    adapters: PathLike | Sequence[PathLike],
+    output: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    verify: bool = True,
+    progress: Progress | bool | None = None,
+    **options: Any,
+) -> Report:
+    """Merge `adapters` into `base` and write the result to `output`.
+
+    `base` and `adapters` are paths or Hub ids, `weights` one factor for each adapter (default 1), `options` the long
+    options' names with underscores. `progress` is called with every `Event`; True shows the command line's bar.
+    Raises a subclass of StreamMergeError for everything that is refused or fails, TypeError for an unknown option.
+    """
+    chosen = Options.of(options)
+    with_bar = _progress(progress)
+    inputs, plan = _prepare(base, adapters, weights, chosen)
+    report = execute(plan, inputs, Path(output), overwrite=chosen.overwrite, progress=with_bar)
+    if not verify or report.status != "done":
+        return report
+    with_bar(Event("verify"))
+    return check_after_run(plan, inputs, report)
+
+
+def plan(
+    base: PathLike, adapters: PathLike | Sequence[PathLike], *, weights: Sequence[float] | None = None, **options: Any
+) -> MergePlan:
+    """What `merge` would do with the same arguments, as a value. Raises like `merge`, writes nothing."""
+    return _prepare(base, adapters, weights, Options.of(options))[1]
+
+
+def inspect(adapter: PathLike, base: PathLike | None = None, **options: Any) -> AdapterStatus:
+    """What is in an adapter, and, with a base, what it would touch there."""
+    chosen = Options.of(options)
+    checkpoint = open_checkpoint(str(base), chosen.read) if base is not None else None
+    return inspect_adapter(open_adapter(str(adapter), chosen.read), checkpoint, chosen)
+
+
+def verify(
+    output: PathLike,
+    *,
+    base: PathLike | None = None,
+    adapters: PathLike | Sequence[PathLike] | None = None,
+    sample: float | None = None,
+    full: bool = False,
+    progress: Progress | bool | None = None,
+    **options: Any,
+) -> Report:
+    """Prove a finished output: its digests, and a `sample` (share of its blocks) or, with `full`, all of it derived
+    again from base and adapters. Inputs that are not given are taken from where they were when the output was made;
+    where they are gone, only the digests are checked and the report says so.
+
+    Raises VerificationError with every problem found, UnfinishedOutputError where there is nothing to verify, and
+    InputMissingError where `sample` or `full` was asked for and the inputs are not there.
+    """
+    began = time.monotonic()
+    path = Path(output)
+    if sample is not None and not 0 < sample <= 1:
+        raise UsageError(f"a sample of {sample:g} is not a share between 0 and 1")
+    document = read_marker(path)
+    checked = verify_digests(path, document, _progress(progress))
+    texts, missing = _inputs_of(path, base, adapters)
+    if texts is None:
+        if full or sample is not None:
+            raise InputMissingError(str(path), missing, "give `--base` and `--adapter`")
+        notes = (f"{missing}: digests were checked, nothing was derived again",)
+        return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes)
+    chosen = Options.of({**document["options"], **options})
+    weights = [item["weight"] for item in document["adapters"]]
+    inputs, plan_again = _prepare(texts[0], texts[1], weights, chosen)
+    rederived = verify_against(plan_again, inputs, path, document, 1.0 if full else sample or DEFAULT_SAMPLE)
+    return Report(path, document, "verified", time.monotonic() - began, checked, rederived)
+
+
+def _prepare(
+    base: PathLike, adapters: PathLike | Sequence[PathLike], weights: Sequence[float] | None, options: Options
+) -> tuple[Inputs, MergePlan]:
+    texts = [str(adapters)] if isinstance(adapters, str | Path) else [str(item) for item in adapters]
+    factors = _weights(weights, len(texts))
+    check_device(options.device)
+    checkpoint: Checkpoint = open_checkpoint(str(base), options.read)
+    opened: list[Adapter] = [open_adapter(text, options.read) for text in texts]
+    return Inputs(checkpoint, opened, str(base), texts), build_plan(checkpoint, opened, factors, options)
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if count == 0:
+        raise UsageError("no adapter was given")
+    chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(chosen) != count:
+        raise UsageError(f"{len(chosen)} weights were given for {count} adapters", "one `--weight` for each adapter, in order")
+    if not all(math.isfinite(weight) for weight in chosen):
+        raise UsageError("a weight is not finite")
+    return chosen
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that nothing can be computed on yet."""
+    if device.startswith("cuda"):
+        raise UsageError(f"`--device {device}` is not supported yet", "the arithmetic is done on the CPU: `--device cpu`")
+
+
+def _inputs_of(
+    output: Path, base: PathLike | None, adapters: PathLike | Sequence[PathLike] | None
+) -> tuple[tuple[str, list[str]] | None, str]:
+    """Base and adapters to verify against; or None and why not."""
+    recorded = recorded_inputs(output)
+    texts = None if adapters is None else [str(adapters)] if isinstance(adapters, str | Path) else [str(item) for item in adapters]
+    base_text = str(base) if base is not None else recorded[0] if recorded else None
+    adapter_texts = texts if texts is not None else recorded[1] if recorded else None
+    if base_text is None or adapter_texts is None:
+        return None, "where base and adapters are is not recorded"
+    if base is None and adapters is None:
+        gone = [text for text in (base_text, *adapter_texts) if text.startswith("/") and not io.exists(text.partition(":")[0])]
+        if gone:
+            return None, f"`{gone[0]}`, which the output was made from, is gone"
+    return (base_text, adapter_texts), ""
+
+
+def _progress(progress: Progress | bool | None) -> Progress:
+    if progress is True:
+        from streammerge.progress import Bar
+
+        return Bar()
+    return progress or silent

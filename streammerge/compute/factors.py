@@ -1,0 +1,62 @@
+"""Factors of adapters as float64 tensors, read when a tile needs them and let go afterwards.
+
+One reader for each worker: what it keeps is its own, so that no lock stands in the arithmetic's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streammerge.core.dtypes import itemsize, torch_dtype
+from streammerge.core.tensors import FactorView
+from streammerge.sources.adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key = tuple[FactorView, tuple[int, int], tuple[int, int]]
+
+
+class FactorReader:
+    """Implements `methods.base.Factors` for one worker."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = adapters
+        self._kept: dict[Key, Tensor] = {}
+
+    def forget(self) -> None:
+        """Let go of everything kept; called when a worker turns to another matrix."""
+        self._kept.clear()
+
+    def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """Rows and columns of a matrix factor, float64."""
+        low = view.offset + rows[0] * view.strides[0] + cols[0] * view.strides[1]
+        return self._read(view, low, (rows[1] - rows[0], cols[1] - cols[0]), view.strides)
+
+    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """The same, remembered until `forget`."""
+        key = (view, rows, cols)
+        if key not in self._kept:
+            self._kept[key] = self.part(view, rows, cols)
+        return self._kept[key]
+
+    def vector(self, view: FactorView) -> Tensor:
+        """All of a vector factor, float64, remembered until `forget`."""
+        key = (view, (0, 0), (0, 0))
+        if key not in self._kept:
+            self._kept[key] = self._read(view, view.offset, view.shape, view.strides)
+        return self._kept[key]
+
+    def _read(self, view: FactorView, low: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        import torch
+
+        adapter = self._adapters[view.adapter]
+        info = adapter.facts.tensors[view.key]
+        width = itemsize(info.dtype)
+        high = low + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
+        data = adapter.files.read(info, low * width, high * width)
+        flat = torch.frombuffer(data, dtype=torch_dtype(info.dtype))
+        values = torch.empty(shape, dtype=torch.float64)
+        values.copy_(flat.as_strided(shape, strides))
+        return values

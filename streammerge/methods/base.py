@@ -1,0 +1,132 @@
+"""What a method is: where its formula looks, and the two steps in which it works on tiles.
+
+A formula never sees a file or a name. It declares its locality and its memory without torch, so that planning can use
+them, and computes with torch, imported inside. All arithmetic is float64 in stored orientation; the rounding is the
+caller's. Shape letters: `R` rows and `C` columns of the stored region, `K` rank, `T` rows of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streammerge.core.tensors import FactorView, Operation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Locality(Enum):
+    """What of the stored region one tile of the result depends on."""
+
+    ELEMENT = "the same elements"
+    ROW = "whole rows"
+    COLUMN = "whole columns: two passes"
+    MATRIX = "the whole matrix in memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Rows and columns of a place, half-open, relative to the place."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and columns."""
+        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+
+
+class Factors(Protocol):
+    """Hands out factors as float64 tensors."""
+
+    def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """Rows and columns of a matrix factor."""
+
+    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        """The same, remembered for the next tile; for factors that neighbouring tiles share."""
+
+    def vector(self, view: FactorView) -> Tensor:
+        """All of a vector factor."""
+
+
+class Formula(Protocol):
+    """One way in which an operation changes its place."""
+
+    title: str
+    """What the formula is, as documents and reports say it."""
+    additive: bool
+    """Whether the effect is `W + delta` with a delta that does not depend on W; only such effects are summed over
+    adapters and scaled by a weight."""
+
+    def locality(self, operation: Operation) -> Locality:
+        """What one tile of the result depends on."""
+
+    def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
+        """Bytes of factors and temporaries beside the tile's own buffers, for one worker and a tile of that shape."""
+
+    def state_memory(self, operation: Operation) -> int:
+        """Bytes needed once while `prepare` works on the place, over what tiles need."""
+
+    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
+        """Additive formulas: the float64 delta of a region, (T, C)."""
+
+    def reduce(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
+        """Formulas of locality ROW or COLUMN: this tile's share of the statistic over the rows or columns; shares are
+        summed in the order of the tiles."""
+
+    def prepare(self, operation: Operation, weight: Tensor, factors: Factors) -> Any:
+        """Formulas of locality MATRIX: the state that `apply` needs, from the whole stored region (R, C)."""
+
+    def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:
+        """Formulas that are not additive: the new values of a region, float64 (T, C)."""
+
+
+class AdditiveFormula:
+    """Defaults for formulas of the form W + delta."""
+
+    additive = True
+
+    def locality(self, operation: Operation) -> Locality:
+        """Element by element: the delta does not look at W."""
+        return Locality.ELEMENT
+
+    def state_memory(self, operation: Operation) -> int:
+        """None: nothing is computed ahead."""
+        return 0
+
+    def reduce(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
+        """Never called: no statistic is needed."""
+        raise TypeError(f"{type(self).__name__} has no statistic")
+
+    def prepare(self, operation: Operation, weight: Tensor, factors: Factors) -> Any:
+        """Never called: no state is needed."""
+        raise TypeError(f"{type(self).__name__} has no state")
+
+    def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:
+        """Never called: the caller adds the delta."""
+        raise TypeError(f"{type(self).__name__} is added, not applied")
+
+
+class AbsoluteFormula:
+    """Defaults for formulas that make new values out of W."""
+
+    additive = False
+
+    def state_memory(self, operation: Operation) -> int:
+        """None, unless a formula says otherwise."""
+        return 0
+
+    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
+        """Never called: the effect is not a sum."""
+        raise TypeError(f"{type(self).__name__} has no delta")
+
+    def reduce(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
+        """Never called, unless a formula says otherwise."""
+        raise TypeError(f"{type(self).__name__} has no statistic")
+
+    def prepare(self, operation: Operation, weight: Tensor, factors: Factors) -> Any:
+        """Never called, unless a formula says otherwise."""
+        raise TypeError(f"{type(self).__name__} has no state")

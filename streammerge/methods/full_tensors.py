@@ -1,0 +1,119 @@
+"""The parts of an adapter that are values, not factors: replaced parameters, trained heads, token rows.
+
+`modules_to_save`, saved embeddings and `bias="all"` replace a parameter of the base; a head that the base does not
+have becomes a new tensor; `trainable_token_indices` replace rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streammerge.core.errors import (
+    BaseMismatchError,
+    CompositionError,
+    ConfigContradictionError,
+    ShapeMismatchError,
+    UnmatchedKey,
+    UnusedKeysError,
+)
+from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
+from streammerge.methods.lora_config import LoraConfig
+from streammerge.methods.parts import FullTensor, Parts
+from streammerge.methods.reading import AdapterInput, BaseView, Contribution, FullReplacement
+from streammerge.names.resolve import Found, Missing, Wanted
+
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT adds to `modules_to_save` by itself (PEFT 0.21.2, `peft_model.py`)."""
+VALUE_HEADS = ("v_head", "value_head")
+
+
+def resolve_full_tensors(parts: Parts, config: LoraConfig) -> list[Wanted]:
+    """What the replacements, then the token rows, of an adapter ask the base for; new heads among them."""
+    replaced = [Wanted(part.key.module, (part.key.slot,), _same_shape(part.info)) for part in parts.replacements]
+    return [*replaced, *(Wanted(part.key.module, ("weight",), _same_width(part.info)) for part in parts.tokens)]
+
+
+def _same_shape(part: TensorInfo):  # type: ignore[no-untyped-def]
+    return lambda info: info.shape == part.shape
+
+
+def _same_width(part: TensorInfo):  # type: ignore[no-untyped-def]
+    return lambda info: len(info.shape) == 2 and info.shape[1] == part.shape[-1]
+
+
+def read_full_tensors(
+    adapter: AdapterInput, config: LoraConfig, base: BaseView, answers: Sequence[Found | Missing], contribution: Contribution
+) -> None:
+    """Add the replacements and token rows to the contribution; `answers` belong to `resolve_full_tensors`."""
+    parts = [*adapter.parts.replacements, *adapter.parts.tokens]
+    for part, answer in zip(parts, answers, strict=True):
+        if part in adapter.parts.tokens:
+            _read_tokens(part, answer, adapter, config, base, contribution)
+        else:
+            _read_replacement(part, answer, adapter, config, contribution)
+
+
+def _read_replacement(
+    part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, contribution: Contribution
+) -> None:
+    if isinstance(answer, Found):
+        contribution.replacements.append(FullReplacement(answer.alias or answer.tensor, part, answer.rule, False))
+    elif _is_new_head(part, config):
+        contribution.replacements.append(FullReplacement(part.name, part, "new-head", True))
+        contribution.notes.append(f"`{part.name}` is not in the base and is written as a new tensor")
+    elif set(part.key.module.split(".")) & set(VALUE_HEADS):
+        raise UnusedKeysError(
+            (part.key.key,),
+            "the adapter holds a value head, which no merged checkpoint has a place for",
+            "to merge without it: `--allow-unused '*v_head*'`",
+        )
+    else:
+        contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
+        return
+    if adapter.weight != 1:
+        raise CompositionError((part.key.key,), f"a replaced parameter has no weighted form; its `--weight` is {adapter.weight:g}")
+
+
+def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:
+    """Whether PEFT would have created this module: named in `modules_to_save`, or by the task type."""
+    heads = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
+    path = f".{part.key.module}."
+    return any(f".{head}." in path for head in heads)
+
+
+def _read_tokens(
+    part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, base: BaseView, contribution: Contribution
+) -> None:
+    if isinstance(answer, Missing):
+        contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
+        return
+    indices = _indices_for(part, config)
+    info = base.tensors[answer.tensor]
+    if len(part.info.shape) != 2 or part.info.shape[0] != len(indices):
+        reason = f"`{part.key.key}` has shape {list(part.info.shape)}, the config lists {len(indices)} token indices"
+        raise ConfigContradictionError((part.key.key,), reason)
+    if len(info.shape) != 2 or info.shape[1] != part.info.shape[1]:
+        reason = f"the token rows have width {part.info.shape[1]:,}, `{info.name}` in the base has shape {list(info.shape)}"
+        raise ShapeMismatchError((part.key.key,), reason)
+    if max(indices) >= info.shape[0]:
+        reason = f"the adapter trains token {max(indices):,}, `{info.name}` in the base has {info.shape[0]:,} rows"
+        raise BaseMismatchError((part.key.key,), reason, "the base's embeddings were resized for training: merge into that base")
+    if adapter.weight != 1:
+        raise CompositionError((part.key.key,), f"trained token rows have no weighted form; their `--weight` is {adapter.weight:g}")
+    target = TensorInfo(answer.alias or info.name, info.dtype, info.shape, info.file, info.start, info.nbytes)
+    rows = FactorView.matrix(adapter.number, part.info, *part.info.shape)
+    contribution.operations.append(
+        Operation("token_rows", Place.whole(target), adapter.number, part.key.module, answer.rule, {"rows": rows}, indices=indices)
+    )
+
+
+def _indices_for(part: FullTensor, config: LoraConfig) -> tuple[int, ...]:
+    """The rows one file tensor stands for: a list is about the input embedding, an object names modules by suffix."""
+    if isinstance(config.token_indices, tuple):
+        found = config.token_indices
+    else:
+        module = part.key.module
+        found = next((rows for name, rows in config.token_indices.items() if module == name or module.endswith(f".{name}")), ())
+    if not found:
+        raise ConfigContradictionError((part.key.key,), f"the config lists no `trainable_token_indices` for `{part.key.module}`")
+    return found

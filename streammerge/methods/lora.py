@@ -1,0 +1,233 @@
+"""Reading a LoRA adapter: from the factors of its modules to operations on places of the base.
+
+Formulas, file forms and the shape eras of `target_parameters` were checked against PEFT 0.13 to 0.21.2. One function
+for each kind of layer; which kind a module is follows from its factors and from the tensor it resolves to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from streammerge.core.errors import (
+    AdapterError,
+    CompositionError,
+    ConfigContradictionError,
+    IncompleteFactorsError,
+    NotMergeableError,
+    ShapeMismatchError,
+    UnmatchedKey,
+)
+from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
+from streammerge.methods.experts import expert_operations, parameter_of
+from streammerge.methods.full_tensors import read_full_tensors, resolve_full_tensors
+from streammerge.methods.lora_config import LoraConfig, parse_config
+from streammerge.methods.parts import ModuleFactors
+from streammerge.methods.reading import AdapterInput, BaseView, Contribution
+from streammerge.names.resolve import Found, Missing, Wanted
+
+PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+IGNORED_SLOTS = frozenset({"lora_velora_embed"})
+
+
+def read_lora(adapter: AdapterInput, base: BaseView) -> Contribution:
+    """The contribution of one LoRA adapter. Raises AdapterError subclasses for what can never be merged."""
+    config = parse_config(adapter.config, adapter.ignored_fields)
+    contribution = Contribution()
+    modules = adapter.parts.modules
+    for module in modules:
+        _check_slots(module, config)
+    wishes = [_wish(module, config, base) for module in modules]
+    full = resolve_full_tensors(adapter.parts, config)
+    answers = base.resolve([*wishes, *full])
+    resized = _resized(adapter, answers[len(wishes) :], base)
+    for module, answer in zip(modules, answers, strict=False):
+        if isinstance(answer, Missing):
+            keys = sorted(info.name for info in module.slots.values())
+            contribution.unmatched += [UnmatchedKey(key, answer.tried, answer.nearest) for key in keys]
+        else:
+            info = resized.get(answer.alias or answer.tensor, base.tensors[answer.tensor])
+            contribution.operations += _Module(module, answer, info, adapter, config, base).operations()
+    read_full_tensors(adapter, config, base, answers[len(wishes) :], contribution)
+    return contribution
+
+
+def _resized(adapter: AdapterInput, answers: Sequence[Found | Missing], base: BaseView) -> dict[str, TensorInfo]:
+    """Tensors that the adapter brings itself with another number of rows: its factors fit those, not the base's."""
+    pairs = zip(adapter.parts.replacements, answers, strict=False)
+    found = [(part.info, answer) for part, answer in pairs if isinstance(answer, Found)]
+    return {answer.alias or answer.tensor: replace(base.tensors[answer.tensor], shape=info.shape) for info, answer in found}
+
+
+def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
+    slots = set(module.slots)
+    keys = tuple(info.name for info in module.slots.values())
+    pair = next((pair for pair in PAIRS if pair & slots), None)
+    if pair is None or slots - pair - {MAGNITUDE, BIAS}:
+        foreign = sorted(slots - {"lora_A", "lora_B", MAGNITUDE, BIAS})
+        raise NotMergeableError(keys, f"the config says LORA, but module `{module.module}` has the factors {', '.join(foreign)}")
+    if not pair <= slots:
+        raise IncompleteFactorsError(keys, f"module `{module.module}` has {' and '.join(sorted(pair & slots))} but not its other half")
+    if config.dora != (MAGNITUDE in slots):
+        if config.dora:
+            raise IncompleteFactorsError(keys, f"the config says `use_dora`, but module `{module.module}` has no magnitude vector")
+        raise ConfigContradictionError(keys, f"module `{module.module}` has a DoRA magnitude, but the config does not say `use_dora`")
+
+
+def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
+    parameter = parameter_of(module, config, base.architecture)
+    parameters = (parameter,) if parameter else ("weight", "in_proj_weight")
+
+    def fits(info: TensorInfo) -> bool:
+        a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
+        sizes = {math.prod(a.shape[1:]), b.shape[0]}
+        return info.shape[-2:] == info.shape and set(info.shape) == sizes or {info.shape[0], math.prod(info.shape[1:])} == sizes
+
+    return Wanted(module.module, parameters, fits)
+
+
+class _Module:
+    """One adapted module with the tensor it resolved to."""
+
+    def __init__(
+        self, module: ModuleFactors, found: Found, info: TensorInfo, adapter: AdapterInput, config: LoraConfig, base: BaseView
+    ) -> None:
+        self.module, self.found, self.info = module, found, info
+        self.adapter, self.config, self.base = adapter, config, base
+        self.target = found.alias or found.tensor
+        self.parameter = parameter_of(module, config, base.architecture)
+        self.name = f"{module.module}.{self.parameter}" if self.parameter else module.module
+        embedding = "lora_embedding_A" in module.slots
+        self.a, self.b = (module.slots[f"lora_embedding_{x}" if embedding else f"lora_{x}"] for x in "AB")
+        self.embedding = embedding
+
+    def operations(self) -> list[Operation]:
+        """What this module does."""
+        if self.parameter and len(self.info.shape) == 3 and len(self.a.shape) == 2:
+            return self._experts()
+        if len(self.a.shape) > 2:
+            left, right, transposed = self._convolution()
+        elif self.embedding:
+            left, right, transposed = self._embedding()
+        else:
+            left, right, transposed = self._linear()
+        self._check_rank(right.shape[0])
+        scaling = self.config.scaling(self.name, right.shape[0]) * self._repeats()
+        operation = self._operation(Place.whole(self._target_info(), transposed=transposed), left, right, scaling)
+        return [*self._taken_from_base(operation, scaling), operation, *self._bias(scaling)]
+
+    def _operation(self, place: Place, left: FactorView, right: FactorView, scaling: float) -> Operation:
+        factors = {"left": left, "right": right}
+        formula = "lora"
+        if MAGNITUDE in self.module.slots:
+            formula = "dora"
+            factors["magnitude"] = self._magnitude(place)
+            self._refuse_weight("a DoRA adapter")
+        numbers = {"scaling": scaling * self.adapter.weight}
+        return Operation(formula, place, self.adapter.number, self.module.module, self.found.rule, factors, numbers)
+
+    def _linear(self) -> tuple[FactorView, FactorView, bool]:
+        """A (r, in), B (out, r) on a weight stored (out, in), or (in, out) for Conv1D: decided by the shapes, and for
+        squares by the architecture, else by `fan_in_fan_out`, which PEFT saves for the last module only."""
+        if len(self.a.shape) != 2 or len(self.b.shape) != 2:
+            raise self._mismatch()
+        left, right = self._view(self.b), self._view(self.a)
+        shape, logical = self.info.shape, (self.b.shape[0], self.a.shape[1])
+        if shape == logical == logical[::-1]:
+            architecture = self.base.architecture
+            last = self.module.module.rpartition(".")[2]
+            transposed = last in architecture.conv1d if architecture else self.config.fan_in_fan_out
+        elif shape in (logical, logical[::-1]):
+            transposed = shape != logical
+        else:
+            raise self._mismatch()
+        return (right.t, left.t, True) if transposed else (left, right, False)
+
+    def _embedding(self) -> tuple[FactorView, FactorView, bool]:
+        """A (r, V), B (d, r) on a table stored (V, d): the delta is `(B @ A)` transposed."""
+        if len(self.b.shape) != 2 or self.info.shape != (self.a.shape[1], self.b.shape[0]):
+            raise self._mismatch()
+        return self._view(self.a).t, self._view(self.b).t, True
+
+    def _convolution(self) -> tuple[FactorView, FactorView, bool]:
+        """A (r, in, *kernel), B (out, r, 1, ...) on a kernel (out, in, *kernel): a product of flattened factors."""
+        rank, out = self.a.shape[0], self.b.shape[0]
+        if self.b.shape[1] != rank:
+            raise NotMergeableError((self.a.name, self.b.name), f"`{self.module.module}` is a grouped convolution, whose LoRA PEFT does not merge either")
+        if self.info.shape != (out, *self.a.shape[1:]) or math.prod(self.b.shape[2:]) != 1:
+            raise self._mismatch()
+        columns = math.prod(self.a.shape[1:])
+        number = self.adapter.number
+        return FactorView.matrix(number, self.b, out, rank), FactorView.matrix(number, self.a, rank, columns), False
+
+    def _experts(self) -> list[Operation]:
+        if MAGNITUDE in self.module.slots or BIAS in self.module.slots:
+            raise NotMergeableError((self.a.name,), f"DoRA and biases are not defined for the stacked experts `{self.name}`")
+        rank = self.a.shape[0] // self.info.shape[0]
+        self._check_rank(rank)
+        scaling = self.config.scaling(self.name, rank)
+        parts = expert_operations(self._target_info(), (self.a, self.b), self.adapter.number, self.config, self.base.architecture)
+        return [self._operation(place, left, right, scaling) for place, left, right in parts]
+
+    def _repeats(self) -> int:
+        """PEFT adds the delta of a MultiheadAttention's `out_proj` twice, in the forward pass as in the merge (0.15 to
+        0.21.2): the adapter was trained that way."""
+        return 2 if self.module.inside is not None and self.module.module.endswith(".out_proj") else 1
+
+    def _taken_from_base(self, operation: Operation, scaling: float) -> list[Operation]:
+        """For unconverted PiSSA and OLoRA: what PEFT takes out of the base when it loads the adapter."""
+        if self.config.init not in ("pissa", "olora"):
+            return []
+        if self.embedding or len(self.a.shape) > 2:
+            raise NotMergeableError((self.a.name,), f"`init_lora_weights = {self.config.init}` is not defined for `{self.module.module}`")
+        self._refuse_weight(f"an adapter with `init_lora_weights = {self.config.init}`")
+        numbers = {"rank": float(operation.factors["left"].shape[1]), "scaling": scaling}
+        place = operation.place
+        return [
+            Operation(self.config.init, place, self.adapter.number, self.module.module, self.found.rule, {}, numbers, rounding=self.info.dtype)
+        ]
+
+    def _bias(self, scaling: float) -> list[Operation]:
+        if BIAS not in self.module.slots:
+            return []
+        delta = self.module.slots[BIAS]
+        name = self.found.tensor.removesuffix("weight") + "bias"
+        info = self.base.tensors.get(name)
+        if info is None or info.shape != delta.shape:
+            has = f"has shape {list(info.shape)}" if info else "is not in the base"
+            raise ShapeMismatchError((delta.name,), f"`lora_bias` has {delta.count:,} values for `{name}`, which {has}")
+        factors = {"delta": FactorView.vector(self.adapter.number, delta)}
+        numbers = {"scaling": scaling * self.adapter.weight}
+        return [Operation("bias", Place.whole(info), self.adapter.number, self.module.module, self.found.rule, factors, numbers)]
+
+    def _magnitude(self, place: Place) -> FactorView:
+        info = self.module.slots[MAGNITUDE]
+        channels = place.shape[1] if place.transposed else place.shape[0]
+        if info.count != channels:
+            raise ShapeMismatchError((info.name,), f"the magnitude has {info.count:,} values, `{self.target}` has {channels:,} output features")
+        return FactorView.vector(self.adapter.number, info)
+
+    def _check_rank(self, rank: int) -> None:
+        claimed = self.config.rank_of(self.name)
+        if claimed is not None and claimed != rank:
+            reason = f"the factors of `{self.name}` have rank {rank}, the config says {claimed}"
+            raise ConfigContradictionError((self.a.name, self.b.name), reason, "the file and the config do not belong together")
+
+    def _refuse_weight(self, what: str) -> None:
+        if self.adapter.weight != 1:
+            raise CompositionError((self.module.module,), f"{what} has no weighted form; its `--weight` is {self.adapter.weight:g}")
+
+    def _view(self, info: TensorInfo) -> FactorView:
+        return FactorView.matrix(self.adapter.number, info, *info.shape)
+
+    def _target_info(self) -> TensorInfo:
+        """The facts of the stored tensor under the name the adapter means, which differs for a tied alias."""
+        return replace(self.info, name=self.target)
+
+    def _mismatch(self) -> AdapterError:
+        shapes = f"A {list(self.a.shape)} and B {list(self.b.shape)}"
+        reason = f"`{self.module.module}` has factors {shapes}, `{self.found.tensor}` in the base has shape {list(self.info.shape)}"
+        advice = "the base has another vocabulary than the adapter's" if self.embedding else "is this the base the adapter was trained on?"
+        return ShapeMismatchError((self.a.name, self.b.name), reason, advice)

@@ -1,0 +1,70 @@
+"""PiSSA and OLoRA adapters that were not converted: PEFT takes a low-rank part out of the base when it loads them.
+
+`W_r = round(W - P)` with P the top singular part (Meng et al. 2024, arXiv:2404.02948) or `scaling * Q_r @ R_r` of the
+QR decomposition (arXiv:2406.01775), both of the module's (out, in) weight in float32; the delta is then added to W_r.
+P does not depend on the signs a LAPACK chooses, but its last bits do depend on the library: best effort to one ulp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from streammerge.core.dtypes import torch_dtype
+from streammerge.core.tensors import Operation
+from streammerge.methods.base import AbsoluteFormula, Factors, Locality, Region
+from streammerge.methods.lowrank import FLOAT64
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT32 = 4
+SVD_COPIES = 6
+"""float32 matrices alive in the thin SVD: W, its float64 original (two), U, V and LAPACK's workspace."""
+
+
+class Principal(AbsoluteFormula):
+    """Numbers: `rank`, `scaling`; `rounding` is the base's dtype, which W_r is stored in while training."""
+
+    def __init__(self, decomposition: str) -> None:
+        self.decomposition = decomposition
+        self.title = "W - top singular part" if decomposition == "svd" else "W - scaling * Q_r @ R_r"
+
+    def locality(self, operation: Operation) -> Locality:
+        """The decomposition needs all of W."""
+        return Locality.MATRIX
+
+    def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
+        """The product of the two parts on one tile, and the parts."""
+        rank = int(operation.numbers["rank"])
+        return FLOAT64 * (rank * sum(operation.place.shape) + 2 * tile[0] * tile[1])
+
+    def state_memory(self, operation: Operation) -> int:
+        """W and its decomposition."""
+        rows, cols = operation.place.shape
+        return SVD_COPIES * FLOAT32 * rows * cols
+
+    def prepare(self, operation: Operation, weight: Tensor, factors: Factors) -> Any:
+        """P as float32 factors in stored orientation, (R, K) and (K, C), `scaling` already in them."""
+        import torch
+
+        rank = int(operation.numbers["rank"])
+        weight_OI = weight.to(torch.float32)
+        if operation.place.transposed:
+            weight_OI = weight_OI.T
+        if self.decomposition == "svd":
+            u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
+            root = s[:rank].sqrt()
+            left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
+        else:
+            q, r = torch.linalg.qr(weight_OI)
+            left, right = q[:, :rank] * operation.numbers["scaling"], r[:rank]
+        parts = (right.T, left.T) if operation.place.transposed else (left, right)
+        return tuple(part.to(torch.float64).contiguous() for part in parts)
+
+    def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:
+        """`round(W - P)` in the base's dtype, as float64."""
+        import torch
+
+        left, right = state
+        taken = weight - left[slice(*region.rows)] @ right[:, slice(*region.cols)]
+        return taken.to(torch.float32).to(torch_dtype(operation.rounding)).to(torch.float64)

@@ -1,0 +1,149 @@
+"""Tied tensors by meaning: one tensor as long as both sides end up the same, two and the flag set false when not.
+
+PEFT merges into the shared tensor whichever side was adapted, so that the other side moves with it, and twice where the
+adapter holds both sides of one tie. An adapter means each side on its own; that is what is written. Loading ties by
+the config's flag and by what is on disk, so both are settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streammerge.core.errors import NotMergeableError
+from streammerge.core.tensors import Operation, TensorInfo
+from streammerge.names.architectures import Architecture
+from streammerge.planning.drafts import EMBEDDING_MODULES, Draft
+from streammerge.planning.replicate import Edit
+from streammerge.planning.values import same_tensor, same_values
+from streammerge.sources.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What ties lead to: names of the output that copy another stored tensor (name to stored name), adapter tensors
+    that are the second copy of one effect (by the rule that says so), edits of config.json, notes for the plan."""
+
+    copies: Mapping[str, str]
+    duplicates: Mapping[tuple[int, str], str]
+    edits: tuple[Edit, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Ties:
+    """Settles the ties of one base. `same_stored` says whether two stored tensors hold the same bytes."""
+
+    def __init__(
+        self,
+        base: Mapping[str, TensorInfo],
+        architecture: Architecture | None,
+        config: Mapping[str, Any] | None,
+        adapters: Sequence[Adapter],
+        same_stored: Callable[[TensorInfo, TensorInfo], bool],
+    ) -> None:
+        self.base, self.architecture, self.config, self.adapters = base, architecture, config or {}, adapters
+        self.same_stored = same_stored
+
+    def settle(self, drafts: dict[str, Draft]) -> Settled:
+        """Settle every tie, changing `drafts` to one for each tensor that will be written.
+
+        Raises NotMergeableError where the sides differ and this class cannot be untied, or where it is not known.
+        """
+        if self.architecture is None:
+            self._refuse_unknown(drafts)
+            return Settled({}, {})
+        tied = self.architecture.ties(self.config)
+        pairs = [pair for target, source in tied.items() if (pair := self._on_disk(target, source, drafts))]
+        for physical, other in pairs:
+            _share_tokens(drafts, physical, other)
+        parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
+        if not parted:
+            return Settled({}, self._keep_tied(drafts, pairs))
+        edits = self.architecture.untie(self.config)
+        if edits is None:
+            raise self._cannot_untie(*parted[0])
+        # The flag is one for all ties of the class: with it gone, every side must be on disk.
+        copies = {other: physical for physical, other in pairs if other not in self.base}
+        notes = tuple(f"`{a}` and `{b}` were tied and differ now: both are written, the tie flag is set false" for a, b in parted)
+        return Settled(copies, self._copy_effects(drafts, pairs, parted), edits, notes)
+
+    def _on_disk(self, target: str, source: str, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
+        """The stored side of a tie and the other, as they are spelled in this base; None if the tie is of no concern."""
+        names = [self._spelling(name, drafts) for name in (source, target)]
+        present = [name for name in names if name in self.base]
+        if not present:
+            return None
+        if len(present) == 2 and not self.same_stored(self.base[names[0]], self.base[names[1]]):
+            return None  # loaders do not tie two stored tensors that differ
+        physical = present[0]
+        return physical, names[1] if physical == names[0] else names[0]
+
+    def _spelling(self, name: str, drafts: Mapping[str, Draft]) -> str:
+        prefix = self.architecture.base_prefix if self.architecture else ""
+        inner = name.removeprefix(f"{prefix}.")
+        spellings = [name, inner if inner != name else f"{prefix}.{name}"]
+        return next((s for s in spellings if s in self.base), next((s for s in spellings if s in drafts), name))
+
+    def _same_effect(self, a: Draft, b: Draft) -> bool:
+        if (a.replacement is None) != (b.replacement is None) or len(a.operations) != len(b.operations):
+            return False
+        if a.replacement and b.replacement:
+            tensors = [(self.adapters[d.replaced_by], d.replacement.part.info) for d in (a, b) if d.replacement]
+            if not same_tensor(tensors[0], tensors[1]):
+                return False
+        return all(self._same_operation(x, y) for x, y in zip(a.operations, b.operations, strict=True))
+
+    def _same_operation(self, a: Operation, b: Operation) -> bool:
+        alike = (a.formula, a.numbers, a.indices, a.rounding) == (b.formula, b.numbers, b.indices, b.rounding)
+        if not alike or a.factors.keys() != b.factors.keys():
+            return False
+        return all(a.factors[name] == b.factors[name] or same_values(a.factors[name], b.factors[name], self.adapters) for name in a.factors)
+
+    def _keep_tied(self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]]) -> dict[tuple[int, str], str]:
+        """One recipe for both sides of each tie; a side that is not stored stays unwritten. Returns the duplicates."""
+        duplicates: dict[tuple[int, str], str] = {}
+        for physical, other in pairs:
+            second = drafts.pop(other, None) if other not in self.base else None
+            if second:
+                rule = f"tied: the same effect as on `{physical}`, applied once"
+                duplicates |= dict.fromkeys(second.keys() - drafts.get(physical, Draft()).keys(), rule)
+        return duplicates
+
+    def _copy_effects(
+        self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]], parted: Sequence[tuple[str, str]]
+    ) -> dict[tuple[int, str], str]:
+        """Ties that fall apart only because another one does: both sides get the same effect. Nothing is a duplicate."""
+        for physical, other in pairs:
+            if (physical, other) not in parted and physical in drafts:
+                ours = drafts[physical]
+                moved = [replace(op, place=replace(op.place, tensor=other)) for op in ours.operations]
+                drafts[other] = Draft(ours.replacement, ours.replaced_by, moved)
+        return {}
+
+    def _cannot_untie(self, physical: str, other: str) -> NotMergeableError:
+        name = self.architecture.name if self.architecture else ""
+        reason = (
+            f"the adapter changes one side of the tie between `{physical}` and `{other}`, and {name} cannot be untied by its "
+            "config without changing what it computes: no checkpoint can say what the adapter means"
+        )
+        return NotMergeableError((physical, other), reason)
+
+    def _refuse_unknown(self, drafts: Mapping[str, Draft]) -> None:
+        """A tie that is claimed by the config of an unknown class may concern any embedding the adapter changes."""
+        sections = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+        if not any(section.get("tie_word_embeddings") for section in sections):
+            return
+        for name in drafts:
+            if EMBEDDING_MODULES & set(name.split(".")):
+                reason = f"the adapter changes `{name}` and the config says that embeddings are tied, but this class is not in the table of ties"
+                raise NotMergeableError((name,), reason)
+
+
+def _share_tokens(drafts: dict[str, Draft], physical: str, other: str) -> None:
+    """Token rows trained on one side of a tie are shared by both: PEFT's forward pass uses them on both sides."""
+    for here, there in ((physical, other), (other, physical)):
+        tokens = drafts[here].tokens if here in drafts else []
+        draft = drafts.setdefault(there, Draft()) if tokens else None
+        if draft is not None and not draft.tokens:
+            draft.operations += [replace(op, place=replace(op.place, tensor=there)) for op in tokens]

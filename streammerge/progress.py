@@ -1,0 +1,95 @@
+"""Progress for people: a bar in bytes on a terminal, one plain line for each finished file elsewhere.
+
+The bar is huggingface_hub's wrapper of tqdm, so that HF_HUB_DISABLE_PROGRESS_BARS silences it like every other bar of
+that ecosystem; it silences the lines as well. Everything goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+from streammerge.core.text import printable, size_text
+from streammerge.execute import Event
+
+GROUP = "streammerge.merge"
+WORDS = {"publish": "publishing", "verify": "verifying"}
+
+
+class Bar:
+    """A progress callback for `merge` and `verify`; may be called from any thread."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._quiet = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "TRUE", "YES", "ON")
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        self._done, self._total, self._began = 0, 0, time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        with self._lock:
+            match event.kind:
+                case "start":
+                    self._start(event.bytes, "merging")
+                case "bytes":
+                    self._done += event.bytes
+                    if self._bar is not None:
+                        self._bar.update(event.bytes)
+                case "shard":
+                    self._shard(event)
+                case "verify" if event.bytes:
+                    self._start(event.bytes, "verifying")
+                case _:
+                    self._phase(WORDS[event.kind])
+
+    def close(self) -> None:
+        """End the bar, so that what is printed next has a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _start(self, total: int, word: str) -> None:
+        self._done, self._total, self._began = 0, total, time.monotonic()
+        if self._terminal:
+            from huggingface_hub.utils import tqdm
+
+            self._bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc=word, name=GROUP, file=self._stream, dynamic_ncols=True, leave=False
+            )
+
+    def _shard(self, event: Event) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(f"{event.number}/{event.count} {printable(event.file)}"[:40])
+            return
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        rate = self._done / seconds
+        left = (self._total - self._done) / rate if rate else 0
+        share = self._done / self._total if self._total else 1
+        self._line(
+            f"{event.number}/{event.count} {printable(event.file)}  {size_text(event.bytes)}  {share:.0%}  {size_text(rate)}/s  "
+            f"{duration_text(left)} left"
+        )
+
+    def _phase(self, word: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(word)
+
+    def _line(self, text: str) -> None:
+        if not self._quiet and not self._terminal:
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
+
+
+def duration_text(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,162 @@
+"""What a run did: the report that is written as completion marker, and the one that is handed to the caller.
+
+`streammerge.json` holds only what inputs and options determine: two runs of one plan write the same bytes. Everything
+about this run in particular (paths, times) is outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from streammerge.compute.tile import TileStats
+from streammerge.core import strict_json
+from streammerge.core.digests import file_digest
+from streammerge.core.tensors import Operation, OutputTensor, Stored
+from streammerge.planning.model import MergePlan
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """Of one changed tensor: the Frobenius norm of what was added, and the share of it that survived rounding (1 is
+    all of it, measured on a sample of the tiles), None where there was nothing to measure."""
+
+    delta_norm: float
+    survived: float | None
+
+
+@dataclass(slots=True)
+class StatsCollector:
+    """Collects measurements of tiles from all workers; sums them in the order of the tiles, whoever came first."""
+
+    tiles: dict[str, dict[int, TileStats]] = field(default_factory=dict)
+
+    def __call__(self, tensor: str, tile: int, stats: TileStats) -> None:
+        """Note one tile. Dictionary assignments are atomic, no two workers report the same tile."""
+        self.tiles.setdefault(tensor, {})[tile] = stats
+
+    def of(self, tensor: str) -> TensorStats | None:
+        """The statistics of a tensor, None if no tile of it was touched."""
+        tiles = [stats for _, stats in sorted(self.tiles.get(tensor, {}).items())]
+        if not tiles:
+            return None
+        sampled = sum(stats.sampled for stats in tiles)
+        survived = sum(stats.survived for stats in tiles) / sampled if sampled else None
+        return TensorStats(sum(stats.delta for stats in tiles) ** 0.5, survived)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """Size and block digests of one file of the output."""
+
+    size: int
+    blocks: tuple[str, ...]
+
+    def data(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        return {"size": self.size, "digest": file_digest(self.blocks), "blocks": list(self.blocks)}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of a run or of a verification. `checked` and `rederived` count blocks, `seconds` is wall time."""
+
+    output: Path
+    document: Mapping[str, Any]
+    status: str = "done"
+    seconds: float = 0.0
+    checked: int = 0
+    rederived: int = 0
+    notes: Sequence[str] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0: what did not succeed is an exception."""
+        return 0
+
+    @property
+    def changed(self) -> int:
+        """How many tensors were changed."""
+        return len(self.document["tensors"])
+
+    def as_data(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "version": REPORT_VERSION,
+            "status": self.status,
+            "output": str(self.output),
+            "fingerprint": self.document["fingerprint"],
+            "changed_tensors": self.changed,
+            "written_bytes": sum(item["size"] for item in self.document["files"].values()),
+            "seconds": round(self.seconds, 3),
+            "blocks_checked": self.checked,
+            "blocks_rederived": self.rederived,
+            "notes": list(self.notes),
+        }
+
+
+def document_of(
+    plan: MergePlan, fingerprint: str, stats: StatsCollector, files: Mapping[str, WrittenFile], sidecars: Mapping[str, WrittenFile]
+) -> dict[str, Any]:
+    """`streammerge.json` as a value, its own digest included."""
+    document: dict[str, Any] = {
+        "streammerge": REPORT_VERSION,
+        "arithmetic": plan.arithmetic,
+        "plan": plan.digest(),
+        "fingerprint": fingerprint,
+        "base": {"id": plan.base.identity, "digest": plan.base.digest, "files": dict(plan.base.files)},
+        "adapters": [
+            {"id": item.identity, "digest": item.digest, "weight": item.weight, "ignored": dict(item.ignored)} for item in plan.adapters
+        ],
+        "options": {name: list(value) if isinstance(value, tuple) else value for name, value in plan.options.items()},
+        "tensors": {tensor.name: _tensor_data(tensor, stats) for tensor in plan.changed},
+        "dropped": dict(plan.dropped),
+        "config_edits": [[list(path), value] for path, value in plan.config_edits],
+        "files": {name: item.data() for name, item in files.items()},
+        "sidecars": {name: item.data() for name, item in sidecars.items()},
+        "left_out": dict(plan.left_out),
+        "code": list(plan.code),
+    }
+    return document | {"digest": own_digest(document)}
+
+
+def own_digest(document: Mapping[str, Any]) -> str:
+    """The digest of a report without the digest in it."""
+    rest = {name: value for name, value in document.items() if name != "digest"}
+    return xxhash.xxh3_128(strict_json.dumps(rest)).hexdigest()
+
+
+def _tensor_data(tensor: OutputTensor, stats: StatsCollector) -> dict[str, Any]:
+    found = stats.of(tensor.name)
+    source = "base" if isinstance(tensor.source, Stored) else f"adapter {tensor.source.adapter}: {tensor.source.key}"
+    data: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "source": source}
+    if isinstance(tensor.source, Stored) and tensor.source.name != tensor.name:
+        data["source"] = f"base: {tensor.source.name}"
+    data["operations"] = [_operation_data(operation) for operation in tensor.operations]
+    if found:
+        data["delta_norm"] = found.delta_norm
+        data["survived"] = found.survived
+    return data
+
+
+def _operation_data(operation: Operation) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "formula": operation.formula,
+        "adapter": operation.adapter,
+        "module": operation.module,
+        "rule": operation.rule,
+        **operation.numbers,
+    }
+    if "left" in operation.factors:
+        data["rank"] = operation.factors["left"].shape[1]
+    if operation.place.view.stack > 1:
+        data["expert"] = operation.place.matrix
+    if operation.indices:
+        data["rows"] = len(operation.indices)
+    return data

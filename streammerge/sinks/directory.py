@@ -1,0 +1,173 @@
+"""The output directory: what is there, whether a run may use it, and how a result is published in it.
+
+The commit protocol: everything is written below `.streammerge/`, synced, then renamed into place in the order shards,
+sidecars, index, config.json, report. The report is the completion marker: a directory without it is unfinished, and
+one without config.json or index is nothing that a loader takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from streammerge.core import io, strict_json
+from streammerge.core.errors import MalformedInputError, OutputExistsError, StreamMergeError
+from streammerge.core.text import some_of
+
+STAGING = ".streammerge"
+MARKER = "streammerge.json"
+INPUTS = ".streammerge-inputs.json"
+RUN = "run.json"
+"""Below STAGING: which plan an unfinished run belongs to, and the files it would write."""
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+LATE = (INDEX, CONFIG, MARKER)
+"""The files that make a directory loadable, in the order in which they appear; removed in reverse."""
+
+
+class State(Enum):
+    """What a directory holds."""
+
+    EMPTY = "nothing"
+    FINISHED = "a finished result"
+    UNFINISHED = "an unfinished run"
+    FOREIGN = "files that are not ours"
+
+
+class OutputDirectory:
+    """One output directory, before and while something is written into it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.staging = path / STAGING
+
+    def state(self) -> State:
+        """What is there now."""
+        if not io.exists(self.path):
+            return State.EMPTY
+        if io.exists(self.path / MARKER):
+            return State.FINISHED
+        names = io.list_tree(self.path)
+        if not names:
+            return State.EMPTY
+        return State.UNFINISHED if f"{STAGING}/{RUN}" in names else State.FOREIGN
+
+    def refuse_inside(self, inputs: Sequence[Path]) -> None:
+        """Refuse an output that is an input, lies in one, or holds one: a loader or a later run would mix them up."""
+        here = self.path.resolve()
+        for root in inputs:
+            there = root.resolve()
+            if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+                raise OutputExistsError(f"the output `{self.path}` and the input `{root}` lie inside each other", "choose another `--output`")
+        if any(parent.name.startswith("models--") for parent in (here, *here.parents)):
+            raise OutputExistsError(f"the output `{self.path}` lies inside a Hub cache", "choose another `--output`")
+
+    def claim(self, plan_digest: str, fingerprint: str, files: Sequence[str], *, overwrite: bool) -> bool:
+        """Make the directory ready for a run of this plan; False if its finished result is already there.
+
+        Raises OutputExistsError for anything that is not ours to touch. `fingerprint` identifies plan and inputs,
+        `files` is everything the run will write.
+        """
+        state = self.state()
+        if state is State.FINISHED:
+            report = self._marker()
+            if report.get("fingerprint") == fingerprint and not overwrite:
+                self._clear_staging()
+                return False
+            if not overwrite:
+                raise OutputExistsError(
+                    f"`{self.path}` holds the finished result of another merge",
+                    f"it was {_difference(report, plan_digest)}; choose another `--output`, or replace it with `--overwrite`",
+                )
+            self._remove([str(name) for name in report.get("files", ())] + [str(name) for name in report.get("sidecars", ())])
+        elif state is State.UNFINISHED:
+            run = self._run()
+            if run.get("fingerprint") != fingerprint and not overwrite:
+                raise OutputExistsError(
+                    f"`{self.path}` holds an unfinished run of another merge",
+                    "finish it with the command that began it, choose another `--output`, or replace it with `--overwrite`",
+                )
+            self._remove([str(name) for name in run.get("files", ())])
+        if self.state() is State.FOREIGN:
+            listed = some_of(io.list_tree(self.path), 3)
+            raise OutputExistsError(f"`{self.path}` is not empty: it holds {listed}", "choose an `--output` that is empty or does not exist")
+        io.make_dirs(self.staging)
+        run_file = {"fingerprint": fingerprint, "plan": plan_digest, "files": list(files)}
+        self.put(RUN, strict_json.dumps(run_file), into=self.staging)
+        return True
+
+    def put(self, name: str, data: bytes, *, into: Path | None = None) -> None:
+        """Write a small file durably and rename it to `name`, in the staging area or in place."""
+        home = into or self.path
+        temporary = self.staging / f"{name.rpartition('/')[2]}.{os.getpid()}.tmp"
+        io.remove(temporary)
+        io.write_new(temporary, data)
+        if "/" in name:
+            io.make_dirs((home / name).parent)
+        io.rename(temporary, home / name)
+        io.sync_dir((home / name).parent)
+
+    def publish(self, staged: Sequence[str], late: Mapping[str, bytes]) -> None:
+        """Move finished files from staging into place, then write the late files in their order, then tidy up."""
+        for name in staged:
+            if "/" in name:
+                io.make_dirs((self.path / name).parent)
+            io.rename(self.staging / name, self.path / name)
+        for folder in sorted({str(PurePosixPath(name).parent) for name in staged}):
+            io.sync_dir(self.path / folder)
+        for name in (*[name for name in late if name not in LATE], *LATE):
+            if name in late:
+                self.put(name, late[name])
+        self._clear_staging()
+
+    def abandon(self) -> None:
+        """Remove what an unsuccessful run has staged. Only files of ours are below the staging directory."""
+        self._clear_staging()
+
+    def _marker(self) -> dict[str, Any]:
+        path = self.path / MARKER
+        try:
+            return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+        except StreamMergeError as error:
+            raise OutputExistsError(f"`{path}` is there and cannot be read: {error}", "choose another `--output`") from error
+
+    def _run(self) -> dict[str, Any]:
+        path = self.staging / RUN
+        try:
+            return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+        except MalformedInputError:
+            return {}
+
+    def _remove(self, files: Sequence[str]) -> None:
+        """Remove a result or what was published of one: what loaders go by first, then the data, then our own."""
+        for name in (MARKER, CONFIG, INDEX):
+            io.remove(self.path / name)
+        io.sync_dir(self.path)
+        folders = set()
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                continue  # a report that was tampered with never reaches outside its own directory
+            io.remove(self.path / name)
+            folders.update(parent for parent in (self.path / name).parents if self.path in parent.parents)
+        io.remove(self.path / INPUTS)
+        self._clear_staging()
+        for folder in sorted(folders, key=lambda path: -len(path.parts)):
+            io.remove_dir_if_empty(folder)
+
+    def _clear_staging(self) -> None:
+        """Remove the staging directory, its marker last, so that it is ours until it is gone."""
+        if not io.exists(self.staging):
+            return
+        names = io.list_tree(self.staging)
+        for name in sorted(names, key=lambda name: name == RUN):
+            io.remove(self.staging / name)
+        folders = {parent for name in names for parent in (self.staging / name).parents if self.staging in parent.parents}
+        for folder in sorted(folders, key=lambda path: -len(path.parts)):
+            io.remove_dir_if_empty(folder)
+        io.remove_dir_if_empty(self.staging)
+
+
+def _difference(report: Mapping[str, Any], plan_digest: str) -> str:
+    return "made from other inputs" if report.get("plan") == plan_digest else "made by another plan"

@@ -1,0 +1,116 @@
+"""A PEFT adapter on disk: its config as plain JSON, its tensors, their values.
+
+safetensors' own reader is the gate: a file it rejects, or reads with other names, shapes or dtypes than our parser, is
+refused. Values are then read from a mapping, because that reader has no numpy for BF16 and would load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.core import io, strict_json
+from streammerge.core.errors import InputMissingError, MalformedInputError
+from streammerge.core.tensors import TensorInfo
+from streammerge.core.text import some_of
+from streammerge.formats.safetensors import read_header
+from streammerge.formats.torch_bin import read_torch_bin
+from streammerge.sources.files import TensorFiles
+from streammerge.sources.hub import fetch_adapter
+from streammerge.sources.locate import parse_adapter
+
+CONFIG, WEIGHTS, TORCH_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """Everything about an adapter but its values. `siblings` are subfolders with adapters that are not merged."""
+
+    root: Path
+    identity: str
+    config: Mapping[str, Any]
+    config_bytes: bytes
+    file: str
+    tensors: Mapping[str, TensorInfo]
+    siblings: tuple[str, ...]
+
+
+class Adapter:
+    """An opened adapter: `facts`, and its tensors through `files`."""
+
+    def __init__(self, facts: AdapterFacts, mode: str) -> None:
+        self.facts = facts
+        self.files = TensorFiles(facts.root, mode)
+
+    def values(self, key: str) -> memoryview:
+        """All bytes of one tensor, row-major."""
+        info = self.facts.tensors[key]
+        return self.files.read(info, 0, info.nbytes)
+
+
+def open_adapter(text: str, mode: str = "auto", *, quiet: bool = True) -> Adapter:
+    """The adapter that `text` names: a directory, `DIR:subfolder`, or a Hub id.
+
+    Raises InputMissingError, MalformedInputError, UnsafeInputError, InputReadError or HubError.
+    """
+    location = parse_adapter(text)
+    if location.path is None:
+        fetched = fetch_adapter(location, quiet=quiet)
+        root, identity = fetched.path, fetched.identity
+    else:
+        root, identity = Path(location.path), "local"
+    if location.subfolder:
+        root = root / location.subfolder
+    return Adapter(_facts(root, identity), mode)
+
+
+def _facts(root: Path, identity: str) -> AdapterFacts:
+    siblings = tuple(sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))) if root.is_dir() else ()
+    if not (root / CONFIG).exists():
+        raise _no_adapter(root, siblings)
+    config_bytes = io.read_file(root / CONFIG, strict_json.MAX_BYTES)
+    # NaN and Infinity pass here: PEFT reads them, and the check of the config refuses them by field.
+    config = strict_json.loads(config_bytes, str(root / CONFIG), nan_ok=True)
+    file = next((name for name in (WEIGHTS, TORCH_BIN) if (root / name).exists()), None)
+    if file is None:
+        raise InputMissingError(str(root), f"has an `{CONFIG}` and neither `{WEIGHTS}` nor `{TORCH_BIN}`")
+    tensors = _read_tensors(root / file, file)
+    return AdapterFacts(root, identity, config, config_bytes, file, tensors, siblings)
+
+
+def _read_tensors(path: Path, file: str) -> dict[str, TensorInfo]:
+    if file == TORCH_BIN:
+        return {info.name: info for info in read_torch_bin(path, file)}
+    tensors = {info.name: info for info in read_header(path, file).tensors}
+    _agree_with_library(path, tensors)
+    return tensors
+
+
+def _agree_with_library(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as reader:
+            theirs = {}
+            for name in reader.keys():  # noqa: SIM118 (the reader is no mapping)
+                part = reader.get_slice(name)
+                theirs[name] = (part.get_dtype(), tuple(part.get_shape()))
+    except SafetensorError as error:
+        raise MalformedInputError(str(path), f"the safetensors library refuses it: {error}") from None
+    ours = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    if theirs != ours:
+        differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+        raise MalformedInputError(str(path), f"the safetensors library reads {some_of(differing)} differently")
+
+
+def _no_adapter(root: Path, siblings: tuple[str, ...]) -> InputMissingError:
+    if not root.exists():
+        return InputMissingError(str(root))
+    if siblings:
+        listed = f"has no adapter at its root; its subfolders with one: {', '.join(siblings)}"
+        return InputMissingError(str(root), listed, f"name one of them: `{root}:{siblings[0]}`")
+    if (root / "config.json").exists():
+        return InputMissingError(str(root), f"has no `{CONFIG}`: it looks like a checkpoint", "the order is BASE, then ADAPTER")
+    return InputMissingError(str(root), f"has no `{CONFIG}`")
