@@ -30,13 +30,20 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+\.(weight|bias)")
 # The class that a model type alone stands for: the most specific head that language models are published with.
 DEFAULT_HEADS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
+CAUSAL_HEAD = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+# Models inside a model that the default config decides; those with a head are looked up when a config.json is read.
+HEADLESS = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForTextEncoding": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+}
+HEADED = {"AutoModelForCausalLM": "causal", "AutoModelForSeq2SeqLM": "default", "AutoModelForImageTextToText": "default"}
 
 
 def concrete_classes(families: Collection[str] = ()) -> dict[str, type]:
@@ -138,7 +145,7 @@ class Classes:
         entry = {"ties": ties, "auto": auto, "other_ties": other, "flag_used": used}
         return {key: value for key, value in entry.items() if value}
 
-    def _ties(self, cls: type, above: tuple[type, ...]) -> tuple[dict[str, dict[str, str]], dict[str, str], bool]:
+    def _ties(self, cls: type, above: tuple[type, ...]) -> tuple[dict[str, dict[str, str]], dict[str, list[str]], bool]:
         """Tied names by the sub-config that holds their flag, with those of the models inside; heads inside that only
         the config names, and whether there are ties of another kind."""
         declared = cls.__dict__.get("_tied_weights_keys", getattr(cls, "_tied_weights_keys", None))
@@ -148,11 +155,11 @@ class Classes:
         plain = {a: b for a, b in pairs if PLAIN_NAME.fullmatch(a) and PLAIN_NAME.fullmatch(b)}
         other |= len(plain) < len(pairs)
         ties = {"": plain} if plain else {}
-        auto: dict[str, str] = {}
+        auto: dict[str, list[str]] = {}
         for attribute, (inner, config_path) in source.inner_models(cls).items():
-            if inner.startswith("AutoModelFor"):
-                auto[attribute] = config_path
-            inner_class = self.by_name.get(self._base_class(cls, config_path) if inner == "AutoModel" else inner)
+            if inner in HEADED and config_path:
+                auto[attribute] = [config_path, HEADED[inner]]
+            inner_class = self._inner_class(cls, inner, config_path)
             if inner_class is None or inner_class in above or inner_class is cls:
                 continue
             more_ties, more_auto, more_other = self._ties(inner_class, (*above, cls))
@@ -164,21 +171,32 @@ class Classes:
                     for a, b in names.items()
                     if _joined(attribute, a) not in group
                 }
-            auto |= {_joined(attribute, a): _joined(config_path, path) for a, path in more_auto.items()}
+            auto |= {_joined(attribute, a): [_joined(config_path, path), head] for a, (path, head) in more_auto.items()}
         return ties, auto, other
 
-    def _base_class(self, cls: type, config_path: str) -> str:
-        """The class that AutoModel makes of the sub-config that `cls` has by default."""
-        sub = sub_configs(cls.config_class).get(config_path)
-        return _first(modeling_auto.MODEL_MAPPING_NAMES.get(sub[1], "")) if sub else ""
+    def _inner_class(self, cls: type, inner: str, config_path: str) -> type | None:
+        """The class of a model inside `cls`, as far as its source and default config tell."""
+        if inner in HEADLESS:
+            sub = sub_configs(cls.config_class).get(config_path)
+            inner = _first(HEADLESS[inner].get(sub[1], "")) if sub else ""
+        elif inner in HEADED and not config_path:
+            inner = next(iter(self._head_classes(cls.config_class.model_type)), "")
+        return self.by_name.get(inner)
 
-    def default_of(self, model_type: str) -> str:
-        """The class that a config.json without `architectures` stands for, or nothing."""
-        for head in self.heads:
-            name = _first(head.get(model_type, ""))
-            if name in self.by_name:
-                return name
-        return ""
+    def _head_classes(self, model_type: str) -> list[str]:
+        named = (_first(head.get(model_type, "")) for head in self.heads)
+        return [name for name in named if name in self.by_name]
+
+    def default_of(self, model_type: str) -> dict[str, str]:
+        """The class that a config.json without `architectures` stands for, and the one for generation where that is
+        another; a class of another model type only if need be."""
+        names = self._head_classes(model_type)
+        own = [name for name in names if self.by_name[name].config_class.model_type == model_type]
+        if not names:
+            return {}
+        default = (own or names)[0]
+        causal = _first(getattr(modeling_auto, CAUSAL_HEAD).get(model_type, ""))
+        return {"default": default} | ({"causal": causal} if causal in own and causal != default else {})
 
     def type_row(self, names: list[str]) -> dict[str, Any]:
         """What the classes `names` of one model type share: most common prefix, rule of the tie flag, experts,
@@ -200,7 +218,7 @@ class Classes:
     def sub_types(self, name: str, entry: dict[str, Any]) -> dict[str, str]:
         """The model types that the sub-configs named in `entry` have where a config.json does not say."""
         subs = sub_configs(self.by_name[name].config_class)
-        paths = [*entry.get("ties", {}), *entry.get("auto", {}).values()]
+        paths = [*entry.get("ties", {}), *(path for path, _ in entry.get("auto", {}).values())]
         return {path: subs[path][1] for path in paths if path in subs}
 
     def _source(self, name: str) -> tuple[ModelingSource, type]:
@@ -227,7 +245,7 @@ def table(families: Collection[str] = ()) -> dict[str, Any]:
     for model_type in sorted(members.keys() | {key for head in classes.heads for key in head}):
         names, default = members.get(model_type, []), classes.default_of(model_type)
         if names or default:
-            types[model_type] = classes.type_row(names) | ({"default": default} if default else {})
+            types[model_type] = classes.type_row(names) | default
         for name in names:
             prefix = classes.by_name[name].base_model_prefix
             entry = classes.entry(name) | ({"base": prefix} if prefix != types[model_type]["base"] else {})

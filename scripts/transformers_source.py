@@ -74,10 +74,10 @@ class ModelingSource:
                 continue
             if not any(isinstance(call, ast.Name) and call.id == "super" for call in ast.walk(init)):
                 found.clear()
-            aliases = _config_aliases(init)
+            aliases, local = _config_aliases(init), _local_calls(init)
             for statement in ast.walk(init):
                 for attribute, value in _assignments(statement):
-                    model = self._model(value, aliases)
+                    model = self._model(local.get(value.id, value) if isinstance(value, ast.Name) else value, aliases)
                     if model:
                         found[attribute] = model
                     else:
@@ -186,6 +186,12 @@ def _config_aliases(init: ast.FunctionDef) -> dict[str, str]:
             if path is not None:
                 aliases[node.targets[0].id] = path
     return aliases
+
+
+def _local_calls(init: ast.FunctionDef) -> dict[str, ast.Call]:
+    """Local names for what a call returns."""
+    assigned = [node for node in ast.walk(init) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+    return {t.id: node.value for node in assigned for t in node.targets if isinstance(t, ast.Name)}  # type: ignore[misc]
 
 
 def _config_path(value: ast.expr, aliases: dict[str, str]) -> str | None:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     from streammerge.planning.model import MergePlan
     from streammerge.report import Report
 
-__all__ = ["AdapterStatus", "Event", "MergePlan", "Options", "Report", "StreamMergeError", "inspect", "merge", "plan", "verify"]
+__all__ = [
+    "AdapterStatus",
+    "Event",
+    "MergePlan",
+    "Options",
+    "Report",
+    "StreamMergeError",
+    "inspect",
+    "merge",
+    "plan",
+    "verify",
+]
 
 _HOMES = {
     "AdapterStatus": "inspection",

@@ -18,7 +18,14 @@ from streammerge.planning.model import MergePlan
 from streammerge.report import Report
 from streammerge.sources.adapter import Adapter, open_adapter
 from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
-from streammerge.verification import DEFAULT_SAMPLE, check_after_run, read_marker, recorded_inputs, verify_against, verify_digests
+from streammerge.verification import (
+    DEFAULT_SAMPLE,
+    check_after_run,
+    read_marker,
+    recorded_inputs,
+    verify_against,
+    verify_digests,
+)
 
 PathLike = str | Path
 Progress = Callable[[Event], None]
@@ -116,7 +123,9 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
         raise UsageError("no adapter was given")
     chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(chosen) != count:
-        raise UsageError(f"{len(chosen)} weights were given for {count} adapters", "one `--weight` for each adapter, in order")
+        raise UsageError(
+            f"{len(chosen)} weights were given for {count} adapters", "one `--weight` for each adapter, in order"
+        )
     if not all(math.isfinite(weight) for weight in chosen):
         raise UsageError("a weight is not finite")
     return chosen
@@ -125,7 +134,9 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
 def check_device(device: str) -> None:
     """Refuse a device that nothing can be computed on yet."""
     if device.startswith("cuda"):
-        raise UsageError(f"`--device {device}` is not supported yet", "the arithmetic is done on the CPU: `--device cpu`")
+        raise UsageError(
+            f"`--device {device}` is not supported yet", "the arithmetic is done on the CPU: `--device cpu`"
+        )
 
 
 def _inputs_of(
@@ -133,13 +144,23 @@ def _inputs_of(
 ) -> tuple[tuple[str, list[str]] | None, str]:
     """Base and adapters to verify against; or None and why not."""
     recorded = recorded_inputs(output)
-    texts = None if adapters is None else [str(adapters)] if isinstance(adapters, str | Path) else [str(item) for item in adapters]
+    texts = (
+        None
+        if adapters is None
+        else [str(adapters)]
+        if isinstance(adapters, str | Path)
+        else [str(item) for item in adapters]
+    )
     base_text = str(base) if base is not None else recorded[0] if recorded else None
     adapter_texts = texts if texts is not None else recorded[1] if recorded else None
     if base_text is None or adapter_texts is None:
         return None, "where base and adapters are is not recorded"
     if base is None and adapters is None:
-        gone = [text for text in (base_text, *adapter_texts) if text.startswith("/") and not io.exists(text.partition(":")[0])]
+        gone = [
+            text
+            for text in (base_text, *adapter_texts)
+            if text.startswith("/") and not io.exists(text.partition(":")[0])
+        ]
         if gone:
             return None, f"`{gone[0]}`, which the output was made from, is gone"
     return (base_text, adapter_texts), ""

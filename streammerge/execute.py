@@ -76,11 +76,13 @@ def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def execute(plan: MergePlan, inputs: Inputs, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> Report:
+def execute(
+    plan: MergePlan, inputs: Inputs, output: Path, *, overwrite: bool = False, progress: Progress = silent
+) -> Report:
     """Carry out `plan` into `output` and return the report.
 
-    Raises OutputExistsError, NoSpaceError, WriteError, InputReadError or NonFiniteError; nothing that a loader would take
-    is left behind then, nor after an exception from a signal handler.
+    Raises OutputExistsError, NoSpaceError, WriteError, InputReadError or NonFiniteError; nothing that a loader would
+    take is left behind then, nor after an exception from a signal handler.
     """
     began = time.monotonic()
     directory = OutputDirectory(output)
@@ -135,7 +137,9 @@ class _Run:
     def _write_block(self, number: int, block: int) -> None:
         file = self.files[number]
         start, end = block_range(block, file.shard.size)
-        last = file.write_block(block, start, stoppable(shard_bytes(self.producer, number, start, end), self.stop), self._wrote)
+        last = file.write_block(
+            block, start, stoppable(shard_bytes(self.producer, number, start, end), self.stop), self._wrote
+        )
         if last:
             file.finish()
             with self._lock:
@@ -175,14 +179,14 @@ def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, sto
     with ThreadPoolExecutor(workers, thread_name_prefix="streammerge", initializer=_one_thread) as pool:
         futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [error for future in done if (error := future.exception()) and not isinstance(error, Cancelled)]
-            if failed:
-                raise failed[0]
-        except BaseException:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Set on the way out of a success too, where nobody is left to see it.
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
+        raise error
 
 
 def stoppable(pieces: Iterator[memoryview], stop: threading.Event) -> Iterator[memoryview]:

@@ -77,7 +77,9 @@ def inspect_adapter(adapter: Adapter, checkpoint: Checkpoint | None, options: Op
             modules = _by_plan(adapter, checkpoint, options, modules)
     except AdapterError as error:
         refusal = error
-    return AdapterStatus(adapter.facts.identity, kind, modules, len(adapter.facts.tensors), adapter.facts.siblings, refusal)
+    return AdapterStatus(
+        adapter.facts.identity, kind, modules, len(adapter.facts.tensors), adapter.facts.siblings, refusal
+    )
 
 
 def _by_factors(adapter: Adapter, parts: Parts, config: LoraConfig) -> tuple[ModuleStatus, ...]:
@@ -101,19 +103,33 @@ def _factor_status(adapter: Adapter, module: ModuleFactors, config: LoraConfig) 
     if rank and a.count % rank == 0 and b.count % rank == 0:
         left, right = FactorView.matrix(0, b, b.count // rank, rank), FactorView.matrix(0, a, rank, a.count // rank)
         stand_in = TensorInfo("", "F32", (left.shape[0], right.shape[1]), "", 0, 0)
-        operation = Operation("lora", Place.whole(stand_in), 0, "", "", {"left": left, "right": right}, {"scaling": scaling})
+        operation = Operation(
+            "lora", Place.whole(stand_in), 0, "", "", {"left": left, "right": right}, {"scaling": scaling}
+        )
         facts = operation_facts(operation, [adapter])
         norm, zero = facts.norm, facts.zero and not dora
-    return ModuleStatus(module.module, "dora" if dora else "lora", rank, scaling * (rank**0.5 if config.rslora else rank), scaling, norm, zero)
+    return ModuleStatus(
+        module.module,
+        "dora" if dora else "lora",
+        rank,
+        scaling * (rank**0.5 if config.rslora else rank),
+        scaling,
+        norm,
+        zero,
+    )
 
 
-def _by_plan(adapter: Adapter, checkpoint: Checkpoint, options: Options, before: tuple[ModuleStatus, ...]) -> tuple[ModuleStatus, ...]:
+def _by_plan(
+    adapter: Adapter, checkpoint: Checkpoint, options: Options, before: tuple[ModuleStatus, ...]
+) -> tuple[ModuleStatus, ...]:
     plan = build_plan(checkpoint, [adapter], [1.0], options)
     by_module = {status.module: status for status in before}
     found: list[ModuleStatus] = []
     for output in plan.changed:
         if isinstance(output.source, Replacement):
-            found.append(ModuleStatus(output.source.key, "replacement", None, None, None, None, zero=False, target=output.name))
+            found.append(
+                ModuleStatus(output.source.key, "replacement", None, None, None, None, zero=False, target=output.name)
+            )
         for operation, facts in zip(output.operations, plan.facts[output.name], strict=True):
             known = by_module.get(operation.module)
             rank = operation.factors["left"].shape[1] if "left" in operation.factors else None

@@ -56,10 +56,17 @@ class Bar:
     def _start(self, total: int, word: str) -> None:
         self._done, self._total, self._began = 0, total, time.monotonic()
         if self._terminal:
-            from huggingface_hub.utils import tqdm
+            from huggingface_hub.utils.tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total, unit="B", unit_scale=True, desc=word, name=GROUP, file=self._stream, dynamic_ncols=True, leave=False
+            self._bar = tqdm(  # type: ignore[no-untyped-call]
+                total=total,
+                unit="B",
+                unit_scale=True,
+                desc=word,
+                name=GROUP,
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=False,
             )
 
     def _shard(self, event: Event) -> None:
@@ -70,10 +77,8 @@ class Bar:
         rate = self._done / seconds
         left = (self._total - self._done) / rate if rate else 0
         share = self._done / self._total if self._total else 1
-        self._line(
-            f"{event.number}/{event.count} {printable(event.file)}  {size_text(event.bytes)}  {share:.0%}  {size_text(rate)}/s  "
-            f"{duration_text(left)} left"
-        )
+        file = f"{event.number}/{event.count} {printable(event.file)}  {size_text(event.bytes)}"
+        self._line(f"{file}  {share:.0%}  {size_text(rate)}/s  {duration_text(left)} left")
 
     def _phase(self, word: str) -> None:
         if self._bar is not None:

@@ -102,7 +102,11 @@ class Report:
 
 
 def document_of(
-    plan: MergePlan, fingerprint: str, stats: StatsCollector, files: Mapping[str, WrittenFile], sidecars: Mapping[str, WrittenFile]
+    plan: MergePlan,
+    fingerprint: str,
+    stats: StatsCollector,
+    files: Mapping[str, WrittenFile],
+    sidecars: Mapping[str, WrittenFile],
 ) -> dict[str, Any]:
     """`streammerge.json` as a value, its own digest included."""
     document: dict[str, Any] = {
@@ -112,7 +116,8 @@ def document_of(
         "fingerprint": fingerprint,
         "base": {"id": plan.base.identity, "digest": plan.base.digest, "files": dict(plan.base.files)},
         "adapters": [
-            {"id": item.identity, "digest": item.digest, "weight": item.weight, "ignored": dict(item.ignored)} for item in plan.adapters
+            {"id": item.identity, "digest": item.digest, "weight": item.weight, "ignored": dict(item.ignored)}
+            for item in plan.adapters
         ],
         "options": {name: list(value) if isinstance(value, tuple) else value for name, value in plan.options.items()},
         "tensors": {tensor.name: _tensor_data(tensor, stats) for tensor in plan.changed},

@@ -18,7 +18,16 @@ from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
 from streammerge.core.errors import StreamMergeError, UnfinishedOutputError, VerificationError
 from streammerge.core.text import some_of
-from streammerge.execute import Event, Inputs, Progress, fingerprint_of, run_jobs, silent, single_threaded_torch, stoppable
+from streammerge.execute import (
+    Event,
+    Inputs,
+    Progress,
+    fingerprint_of,
+    run_jobs,
+    silent,
+    single_threaded_torch,
+    stoppable,
+)
 from streammerge.formats.filenames import SAFETENSORS_INDEX
 from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
@@ -56,7 +65,9 @@ def read_marker(output: Path) -> dict[str, Any]:
     except StreamMergeError as error:
         raise VerificationError(str(output), (str(error),)) from None
     if not intact or document.get("streammerge") != 1:
-        raise VerificationError(str(output), (f"`{MARKER}` was changed after it was written: its own digest does not fit",))
+        raise VerificationError(
+            str(output), (f"`{MARKER}` was changed after it was written: its own digest does not fit",)
+        )
     return document
 
 
@@ -67,7 +78,11 @@ def recorded_inputs(output: Path) -> tuple[str, list[str]] | None:
         return None
     data = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
     base, adapters = data.get("base"), data.get("adapters")
-    if not isinstance(base, str) or not isinstance(adapters, list) or not all(isinstance(item, str) for item in adapters):
+    if (
+        not isinstance(base, str)
+        or not isinstance(adapters, list)
+        or not all(isinstance(item, str) for item in adapters)
+    ):
         return None
     return base, adapters
 
@@ -150,14 +165,18 @@ def _check_listing(output: Path, document: Mapping[str, Any], findings: _Finding
     there = set(io.list_tree(output))
     listed = {*document["files"], *document["sidecars"]}
     findings.problems += [f"`{name}` is missing" for name in sorted(listed - there)]
-    foreign = [name for name in sorted(there - listed) if name.endswith((".safetensors", ".safetensors.index.json", ".bin"))]
+    foreign = [
+        name for name in sorted(there - listed) if name.endswith((".safetensors", ".safetensors.index.json", ".bin"))
+    ]
     findings.problems += [f"`{name}` is not a file of this output" for name in foreign]
 
 
 def _check_structure(output: Path, document: Mapping[str, Any], findings: _Findings) -> None:
     """Every header parses, and the index says what the headers say."""
     try:
-        headers = {name: read_header(output / name, name).tensors for name in document["files"] if io.exists(output / name)}
+        headers = {
+            name: read_header(output / name, name).tensors for name in document["files"] if io.exists(output / name)
+        }
         path = output / SAFETENSORS_INDEX
         if io.exists(path):
             check_index(parse_index(io.read_file(path, strict_json.MAX_BYTES), str(path)), headers, str(path))
@@ -167,7 +186,9 @@ def _check_structure(output: Path, document: Mapping[str, Any], findings: _Findi
     found = {info.name: (info.dtype, list(info.shape)) for tensors in headers.values() for info in tensors}
     for name, entry in document["tensors"].items():
         if found.get(name) != (entry["dtype"], entry["shape"]):
-            findings.problems.append(f"tensor `{name}` is {found.get(name, 'missing')}, the report says {entry['dtype']} {entry['shape']}")
+            findings.problems.append(
+                f"tensor `{name}` is {found.get(name, 'missing')}, the report says {entry['dtype']} {entry['shape']}"
+            )
 
 
 def _check_blocks(path: Path, name: str, entry: Mapping[str, Any], findings: _Findings, progress: Progress) -> None:

@@ -57,7 +57,9 @@ def _run_job(job: Job, output: Output, *, verify: bool) -> None:
 def _json_progress(output: Output) -> Progress:
     def show(event: Event) -> None:
         if event.kind == "shard":
-            output.line("shard", {"file": event.file, "bytes": event.bytes, "number": event.number, "count": event.count})
+            output.line(
+                "shard", {"file": event.file, "bytes": event.bytes, "number": event.number, "count": event.count}
+            )
         elif event.kind == "start":
             output.line("start", {"bytes": event.bytes, "shards": event.count})
 
@@ -69,7 +71,10 @@ def _sentence(report: Report) -> str:
         return "already complete: this very merge is there and finished"
     written = sum(item["size"] for item in report.document["files"].values())
     rate = f"{size_text(written / report.seconds)}/s" if report.seconds else ""
-    words = [f"{count_text(report.changed, 'tensor')} changed", f"{size_text(written)} written in {duration_text(report.seconds)} ({rate})"]
+    words = [
+        f"{count_text(report.changed, 'tensor')} changed",
+        f"{size_text(written)} written in {duration_text(report.seconds)} ({rate})",
+    ]
     if report.rederived:
         words.append(f"{count_text(report.rederived, 'block')} read back and derived again")
     lost = _least_survived(report)
@@ -78,7 +83,9 @@ def _sentence(report: Report) -> str:
 
 def _least_survived(report: Report) -> str:
     """A warning in numbers where rounding took a large part of some delta."""
-    shares = {name: item["survived"] for name, item in report.document["tensors"].items() if item.get("survived") is not None}
+    shares = {
+        name: item["survived"] for name, item in report.document["tensors"].items() if item.get("survived") is not None
+    }
     if not shares or min(shares.values()) >= 0.9:
         return ""
     name = min(shares, key=lambda key: shares[key])

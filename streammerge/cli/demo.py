@@ -57,10 +57,15 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
     output.result(f"\n$ streammerge verify {merged} --full")
     checked = api.verify(merged, full=True)
     output.result(f"{merged}: verified, {checked.checked} blocks checked, {checked.rederived} derived again")
-    output.result("\nwhat happened to the first changed tensors (norm of the delta, share that survived rounding to bf16):")
+    output.result(
+        "\nwhat happened to the first changed tensors (norm of the delta, share that survived rounding to bf16):"
+    )
     for name, entry in list(report.document["tensors"].items())[:4]:
         output.result(f"  {name}  {entry['delta_norm']:.4f}  {entry['survived']:.1%}")
-    output.result(f"\n{report.changed} of {_count(base)} tensors changed, the others are the base's bytes; the report is in {merged / 'streammerge.json'}")
+    output.result(
+        f"\n{report.changed} of {_count(base)} tensors changed, the others are the base's bytes; "
+        f"the report is in {merged / 'streammerge.json'}"
+    )
 
 
 def build(root: Path) -> None:
@@ -76,7 +81,10 @@ def build(root: Path) -> None:
     base, adapter = root / "base", root / "adapter"
     io.make_dirs(base)
     io.make_dirs(adapter)
-    shards = {"model-00001-of-00002.safetensors": range(LAYERS // 2), "model-00002-of-00002.safetensors": range(LAYERS // 2, LAYERS)}
+    shards = {
+        "model-00001-of-00002.safetensors": range(LAYERS // 2),
+        "model-00002-of-00002.safetensors": range(LAYERS // 2, LAYERS),
+    }
     weight_map: dict[str, str] = {}
     total = 0
     factors: dict[str, Tensor] = {}
@@ -99,13 +107,23 @@ def build(root: Path) -> None:
     _write(base / "config.json", CONFIG)
     _write(
         adapter / "adapter_config.json",
-        {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS)},
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "target_modules": list(TARGETS),
+        },
     )
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     attention = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
-    mlp = {"mlp.gate_proj": (2 * HIDDEN, HIDDEN), "mlp.up_proj": (2 * HIDDEN, HIDDEN), "mlp.down_proj": (HIDDEN, 2 * HIDDEN)}
+    mlp = {
+        "mlp.gate_proj": (2 * HIDDEN, HIDDEN),
+        "mlp.up_proj": (2 * HIDDEN, HIDDEN),
+        "mlp.down_proj": (HIDDEN, 2 * HIDDEN),
+    }
     return {**attention, **mlp, "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
 
 

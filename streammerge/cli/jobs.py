@@ -48,11 +48,17 @@ def _job(path: Path, table: Mapping[str, Any], given: Mapping[str, Any], output:
     values = {key.replace("-", "_"): value for key, value in table.items()}
     unknown = [key for key in values if key not in names and key not in OWN]
     if unknown:
-        raise UsageError(f"`{path}` sets {some_of(unknown)}, which is no option", f"options: {', '.join((*OWN, *sorted(names)))}")
+        raise UsageError(
+            f"`{path}` sets {some_of(unknown)}, which is no option", f"options: {', '.join((*OWN, *sorted(names)))}"
+        )
     base, adapters = values.get("base"), values.get("adapters")
     if isinstance(adapters, str):
         adapters = [adapters]
-    if not isinstance(base, str) or not isinstance(adapters, list) or not all(isinstance(item, str) for item in adapters):
+    if (
+        not isinstance(base, str)
+        or not isinstance(adapters, list)
+        or not all(isinstance(item, str) for item in adapters)
+    ):
         raise UsageError(f"`{path}` needs `base` (text) and `adapters` (a list of text) for every job")
     weights = values.get("weight")
     if weights is not None:

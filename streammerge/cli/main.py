@@ -21,7 +21,10 @@ from streammerge.core.options import DEFAULT_MEMORY, Options
 from streammerge.core.text import parse_size, size_text
 
 COMMANDS = ("run", "plan", "inspect", "verify", "demo")
-EPILOG = "exit codes: 0 done, 2 usage, 3 input, 4 adapter does not fit, 5 output exists, 6 verification, 7 writing, 128+n signal n"
+EPILOG = (
+    "exit codes: 0 done, 2 usage, 3 input, 4 adapter does not fit, 5 output exists, 6 verification, 7 writing, "
+    "128+n signal n"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,9 @@ def _command(name: str) -> Callable[[argparse.Namespace, Output], None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="streammerge", description="Merge PEFT adapters into checkpoints: streaming, right or refused.", epilog=EPILOG
+        prog="streammerge",
+        description="Merge PEFT adapters into checkpoints: streaming, right or refused.",
+        epilog=EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"streammerge {streammerge.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -82,14 +87,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_plan(parser)
     parser.add_argument("--dry-run", action="store_true", help="plan with these arguments, write nothing")
     parser.add_argument("--no-verify", action="store_true", help="skip the check after the run")
-    parser.add_argument("--config", metavar="FILE", help="a job file (TOML): base, adapters, output and the long options' names")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a job file (TOML): base, adapters, output and the long options' names"
+    )
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", nargs="?", help="a directory, one .safetensors file, or org/name[@revision]")
-    parser.add_argument("adapters", metavar="ADAPTER", nargs="*", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]")
+    parser.add_argument(
+        "base", metavar="BASE", nargs="?", help="a directory, one .safetensors file, or org/name[@revision]"
+    )
+    parser.add_argument(
+        "adapters", metavar="ADAPTER", nargs="*", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", help="where the result goes; must be empty or not exist")
-    parser.add_argument("--weight", metavar="W", type=float, action="append", help="repeatable, one per adapter in order (default 1.0)")
+    parser.add_argument(
+        "--weight", metavar="W", type=float, action="append", help="repeatable, one per adapter in order (default 1.0)"
+    )
     _add_options(parser)
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
@@ -104,7 +117,10 @@ def _add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> N
         if item.default is False:
             settings["action"] = "store_true"
         elif item.metadata["choices"]:
-            settings |= {"choices": item.metadata["choices"], "help": f"{item.metadata['help']} (default {item.default})"}
+            settings |= {
+                "choices": item.metadata["choices"],
+                "help": f"{item.metadata['help']} (default {item.default})",
+            }
         else:
             settings["metavar"] = item.metadata["metavar"]
         if item.default == ():
@@ -117,7 +133,9 @@ def _add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> N
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]"
+    )
     parser.add_argument("--base", metavar="BASE", help="resolve the adapter's modules in this base")
     _add_options(parser, ("ignore_config_field", "allow_unused"))
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
@@ -126,16 +144,22 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="a finished output")
     parser.add_argument("--base", metavar="BASE", help="the base it was made from (default: where it was then)")
-    parser.add_argument("--adapter", metavar="ADAPTER", action="append", help="an adapter it was made from; repeatable, in order")
+    parser.add_argument(
+        "--adapter", metavar="ADAPTER", action="append", help="an adapter it was made from; repeatable, in order"
+    )
     share = parser.add_mutually_exclusive_group()
-    share.add_argument("--sample", metavar="PERCENT", type=_percent, help="share of the output to derive again (default 5%%)")
+    share.add_argument(
+        "--sample", metavar="PERCENT", type=_percent, help="share of the output to derive again (default 5%%)"
+    )
     share.add_argument("--full", action="store_true", help="derive all of it again")
     _add_options(parser, ("workers", "memory", "read"))
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", nargs="?", help="where to build it (default: a temporary directory)")
+    parser.add_argument(
+        "directory", metavar="DIR", nargs="?", help="where to build it (default: a temporary directory)"
+    )
 
 
 def _size(text: str) -> int:

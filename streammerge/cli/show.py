@@ -22,14 +22,18 @@ ASSUMED_RATE = 400e6
 def plan_text(plan: MergePlan, output: str | None, *, verbose: bool) -> str:
     """What a run would do and take."""
     figures = plan.figures
+    files, workers = count_text(len(plan.base.files), "file"), count_text(figures.workers, "worker")
     lines = [
-        f"base      {printable(plan.base.identity)}, {count_text(len(plan.base.files), 'file')}, {size_text(figures.read)}",
-        *(f"adapter   {printable(item.identity)}, weight {item.weight:g}, digest {item.digest[:12]}" for item in plan.adapters),
+        f"base      {printable(plan.base.identity)}, {files}, {size_text(figures.read)}",
+        *(
+            f"adapter   {printable(item.identity)}, weight {item.weight:g}, digest {item.digest[:12]}"
+            for item in plan.adapters
+        ),
         f"output    {count_text(len(plan.shards), 'file')}, {size_text(figures.write)}{_free(output)}",
         f"changed   {_changed(plan)}",
         *(f"          {line}" for line in _formulas(plan)),
         f"names     {', '.join(f'{count} by {rule}' for rule, count in _rules(plan).most_common())}",
-        f"memory    {size_text(figures.memory)} for {count_text(figures.workers, 'worker')}, beside the imported libraries",
+        f"memory    {size_text(figures.memory)} for {workers}, beside the imported libraries",
         f"time      about {duration_text(figures.write / ASSUMED_RATE)} at {size_text(ASSUMED_RATE)}/s",
     ]
     lines += [f"config    {'.'.join(path)} = {value!r}" for path, value in plan.config_edits]
@@ -41,7 +45,8 @@ def plan_text(plan: MergePlan, output: str | None, *, verbose: bool) -> str:
 
 def status_text(status: AdapterStatus, *, verbose: bool) -> str:
     """The modules of an adapter as a table."""
-    head = f"{status.peft_type} adapter, {count_text(status.tensors, 'tensor')}, {count_text(len(status.modules), 'module')}"
+    tensors, modules = count_text(status.tensors, "tensor"), count_text(len(status.modules), "module")
+    head = f"{printable(status.peft_type)} adapter, {tensors}, {modules}"
     zero = [module for module in status.modules if module.zero]
     if zero:
         head += f", {len(zero)} without effect (B = 0)"
@@ -52,7 +57,9 @@ def status_text(status: AdapterStatus, *, verbose: bool) -> str:
     shown = status.modules if verbose or resolved else status.modules[:SHOWN]
     text = table(header, [_module_row(module, resolved) for module in shown], right=(1, 2, 3, 4))
     more = len(status.modules) - len(shown)
-    siblings = [f"other adapters in subfolders: {', '.join(map(printable, status.siblings))}"] if status.siblings else []
+    siblings = (
+        [f"other adapters in subfolders: {', '.join(map(printable, status.siblings))}"] if status.siblings else []
+    )
     return "\n".join([head, *siblings, "", text, *([f"... {more} more, all of them with -v"] if more else [])])
 
 
@@ -82,7 +89,8 @@ def _ancestors(path: str) -> list[str]:
 
 def _changed(plan: MergePlan) -> str:
     zero = sum(fact.zero for facts in plan.facts.values() for fact in facts)
-    text = f"{count_text(len(plan.changed), 'tensor')} of {len(plan.tensors):,}, by {count_text(len(plan.operations), 'operation')}"
+    changed, operations = count_text(len(plan.changed), "tensor"), count_text(len(plan.operations), "operation")
+    text = f"{changed} of {len(plan.tensors):,}, by {operations}"
     return text + (f" ({zero} of them zero: B = 0)" if zero else "")
 
 

@@ -40,7 +40,9 @@ class Producer:
     """Hands out bytes of a plan's tensors, from any number of threads. `on_stats` receives tensor, tile number and
     measurements of every tile whose first byte was asked for."""
 
-    def __init__(self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], on_stats: StatsSink | None = None) -> None:
+    def __init__(
+        self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], on_stats: StatsSink | None = None
+    ) -> None:
         self.plan, self.checkpoint, self.adapters = plan, checkpoint, adapters
         self._stored = checkpoint.facts.tensors
         self._on_stats = on_stats
@@ -49,7 +51,7 @@ class Producer:
         self._states_lock = threading.Lock()
 
     def read(self, output: OutputTensor, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes [start, end) of an output tensor, in order and in pieces. A piece is good until the next is asked for."""
+        """Bytes [start, end) of an output tensor, in pieces; each is good until the next is asked for."""
         files, info = self._source(output)
         if not output.operations and info.dtype == output.dtype:
             yield from _raw(files, info, start, end)
@@ -70,7 +72,9 @@ class Producer:
         adapter = self.adapters[output.source.adapter]
         return adapter.files, adapter.facts.tensors[output.source.key]
 
-    def _tile(self, output: OutputTensor, tile: Tile, grid: TileGrid, files: TensorFiles, info: TensorInfo, *, report: bool) -> memoryview:
+    def _tile(
+        self, output: OutputTensor, tile: Tile, grid: TileGrid, files: TensorFiles, info: TensorInfo, *, report: bool
+    ) -> memoryview:
         operations = [(n, op, region) for n, op in enumerate(output.operations) if (region := overlap(op, tile))]
         width = itemsize(info.dtype)
         data = files.read(info, tile.start * width, tile.end * width)
@@ -145,7 +149,9 @@ class Producer:
         data = files.read(info, 0, info.nbytes)
         weight = torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(view.stack, view.rows, view.cols)
         region = weight[operation.place.matrix][slice(*operation.place.rows), slice(*operation.place.cols)]
-        return FORMULAS[operation.formula].prepare(operation, region, self._factors(output.name, operation.place.matrix))
+        return FORMULAS[operation.formula].prepare(
+            operation, region, self._factors(output.name, operation.place.matrix)
+        )
 
 
 def shard_bytes(producer: Producer, number: int, start: int, end: int) -> Iterator[memoryview]:
@@ -182,7 +188,7 @@ def _cut(weight: Tensor, operation: Operation, tile: Tile, region: Region) -> Te
 def _bytes_of(values: Tensor) -> memoryview:
     import torch
 
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_finite(written: Tensor, weight: Tensor, output: OutputTensor, tile: Tile) -> None:
@@ -198,4 +204,6 @@ def _check_finite(written: Tensor, weight: Tensor, output: OutputTensor, tile: T
         where = [row + tile.rows[0], col + tile.cols[0]]
         overflow = f", which may be out of range for {output.dtype}" if output.dtype == "F16" else ""
         reason = f"the result is not finite in `{output.name}` at row {where[0]:,}, column {where[1]:,}{overflow}"
-        raise NonFiniteError((output.name,), reason, "`--dtype bfloat16` or `float32` holds larger values; an alpha may be far too large")
+        raise NonFiniteError(
+            (output.name,), reason, "`--dtype bfloat16` or `float32` holds larger values; an alpha may be far too large"
+        )

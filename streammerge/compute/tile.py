@@ -38,7 +38,9 @@ def overlap(operation: Operation, tile: Tile) -> Region | None:
         return None
     if operation.indices and not any(rows[0] <= place.rows[0] + index < rows[1] for index in operation.indices):
         return None
-    return Region((rows[0] - place.rows[0], rows[1] - place.rows[0]), (cols[0] - place.cols[0], cols[1] - place.cols[0]))
+    return Region(
+        (rows[0] - place.rows[0], rows[1] - place.rows[0]), (cols[0] - place.cols[0], cols[1] - place.cols[0])
+    )
 
 
 class TileMerger:
@@ -48,7 +50,9 @@ class TileMerger:
     def __init__(self, factors: Factors, state: Any) -> None:
         self._factors, self._state = factors, state
 
-    def merge(self, weight: Tensor, tile: Tile, operations: Sequence[tuple[int, Operation, Region]]) -> tuple[Tensor, Tensor | None]:
+    def merge(
+        self, weight: Tensor, tile: Tile, operations: Sequence[tuple[int, Operation, Region]]
+    ) -> tuple[Tensor, Tensor | None]:
         """The new values in float64, and the summed delta where all operations were additive."""
         value: Tensor | None = None
         delta: Tensor | None = None

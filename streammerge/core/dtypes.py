@@ -34,7 +34,9 @@ LOW_BIT: frozenset[str] = frozenset(dtype for dtype in BITS if dtype.startswith(
 BY_OPTION: Mapping[str, str] = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 """`--dtype` values to safetensors names."""
 
-IN_CONFIG: Mapping[str, str] = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
+IN_CONFIG: Mapping[str, str] = MappingProxyType(
+    {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+)
 """Safetensors names to the values of `dtype` in a config.json."""
 
 

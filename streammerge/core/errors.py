@@ -2,11 +2,13 @@
 
     StreamMergeError                       1   (a bug of ours when raised bare)
       UsageError (ValueError)              2     BudgetError
-      InputError                           3     InputMissingError (FileNotFoundError), MalformedInputError (ValueError),
-                                                 UnsafeInputError (ValueError), InputReadError (OSError), HubError (ConnectionError)
-      AdapterError (ValueError)            4     UnmatchedKeysError, UnusedKeysError, IncompleteFactorsError, ShapeMismatchError,
-                                                 NoEffectError, NonFiniteError, NotMergeableError, UnknownFieldError,
-                                                 ConfigContradictionError, CompositionError, BaseMismatchError
+      InputError                           3     InputMissingError (FileNotFoundError), MalformedInputError (ValueError)
+                                                 UnsafeInputError (ValueError), InputReadError (OSError),
+                                                 HubError (ConnectionError)
+      AdapterError (ValueError)            4     UnmatchedKeysError, UnusedKeysError, IncompleteFactorsError,
+                                                 ShapeMismatchError, NoEffectError, NonFiniteError, NotMergeableError,
+                                                 UnknownFieldError, ConfigContradictionError, CompositionError,
+                                                 BaseMismatchError
       OutputError                          5     OutputExistsError (FileExistsError), UnfinishedOutputError
       VerificationError                    6
       WriteError (OSError)                 7     NoSpaceError
@@ -103,7 +105,9 @@ class InputError(StreamMergeError):
     """An input cannot be used, whatever the adapter says."""
 
     exit_code: ClassVar[int] = 3
-    meaning: ClassVar[str] = "an input is missing, unreadable, malformed, refused as unsafe, or the Hub cannot be reached"
+    meaning: ClassVar[str] = (
+        "an input is missing, unreadable, malformed, refused as unsafe, or the Hub cannot be reached"
+    )
 
 
 @dataclass(eq=False)
@@ -212,7 +216,11 @@ class UnmatchedKeysError(AdapterError, KeyError):
             lines += [f"  tried    {printable(name)}" for name in entry.tried]
             lines += [f"  nearest  {printable(name)}" for name in entry.nearest]
         more = len(self.unmatched) - SHOWN
-        return (*lines, f"... {more:,} more, all of them with `streammerge inspect ADAPTER --base BASE`") if more > 0 else tuple(lines)
+        return (
+            (*lines, f"... {more:,} more, all of them with `streammerge inspect ADAPTER --base BASE`")
+            if more > 0
+            else tuple(lines)
+        )
 
     def hint(self) -> str:
         return self.advice

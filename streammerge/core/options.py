@@ -13,10 +13,21 @@ from streammerge.core.text import parse_size, printable, some_of
 DEFAULT_MEMORY = 128 * 10**6
 
 
-def _option(default: Any, help: str, *, metavar: str = "", short: str = "", choices: tuple[str, ...] = (), bytes_too: bool = True) -> Any:
+def _option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str = "",
+    short: str = "",
+    choices: tuple[str, ...] = (),
+    bytes_too: bool = True,
+) -> Any:
     """A field with what the command line says of it. `bytes_too` marks options that change the output's bytes, which
     are part of a plan's fingerprint."""
-    return field(default=default, metadata={"help": help, "metavar": metavar, "short": short, "choices": choices, "bytes": bytes_too})
+    return field(
+        default=default,
+        metadata={"help": help, "metavar": metavar, "short": short, "choices": choices, "bytes": bytes_too},
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +35,28 @@ class Options:
     """What a caller may choose. Raises UsageError for a value that makes no sense."""
 
     dtype: str = _option(
-        "auto", "dtype of written float tensors; auto keeps each tensor's own", choices=("auto", "float32", "float16", "bfloat16")
+        "auto",
+        "dtype of written float tensors; auto keeps each tensor's own",
+        choices=("auto", "float32", "float16", "bfloat16"),
     )
-    max_shard_size: str = _option("keep", "keep writes the same files as the base; a size such as 5GB re-shards", metavar="keep|SIZE")
+    max_shard_size: str = _option(
+        "keep", "keep writes the same files as the base; a size such as 5GB re-shards", metavar="keep|SIZE"
+    )
     device: str = _option("auto", "where the arithmetic is done", metavar="auto|cpu|cuda[:N]", bytes_too=False)
-    workers: int = _option(0, "parallel workers (default: the cores this process may use)", metavar="N", short="-j", bytes_too=False)
+    workers: int = _option(
+        0, "parallel workers (default: the cores this process may use)", metavar="N", short="-j", bytes_too=False
+    )
     memory: int = _option(
-        DEFAULT_MEMORY, "working memory beyond the imported libraries: tiles, buffers, factors", metavar="SIZE", bytes_too=False
+        DEFAULT_MEMORY,
+        "working memory beyond the imported libraries: tiles, buffers, factors",
+        metavar="SIZE",
+        bytes_too=False,
     )
     read: str = _option("auto", "how the base is read", choices=("auto", "mmap", "pread"), bytes_too=False)
     overwrite: bool = _option(False, "replace an output that carries our marker", bytes_too=False)
-    allow_unused: tuple[str, ...] = _option((), "adapter keys that may be left over (repeatable); recorded", metavar="GLOB")
+    allow_unused: tuple[str, ...] = _option(
+        (), "adapter keys that may be left over (repeatable); recorded", metavar="GLOB"
+    )
     ignore_config_field: tuple[str, ...] = _option(
         (), "an adapter config field that is unknown and set, and may be ignored (repeatable); recorded", metavar="NAME"
     )
@@ -43,7 +65,9 @@ class Options:
         for item in fields(self):
             choices = item.metadata["choices"]
             if choices and getattr(self, item.name) not in choices:
-                raise UsageError(f"`{item.name}` is `{printable(getattr(self, item.name))}`, not one of {some_of(choices)}")
+                raise UsageError(
+                    f"`{item.name}` is `{printable(getattr(self, item.name))}`, not one of {some_of(choices)}"
+                )
         if self.workers < 0:
             raise UsageError(f"`workers` is {self.workers}, not a count of threads")
         if self.memory <= 0:

@@ -126,14 +126,16 @@ class FactorView:
     @property
     def t(self) -> FactorView:
         """The transposed matrix."""
-        return FactorView(self.adapter, self.key, self.dtype, self.count, self.shape[::-1], self.strides[::-1], self.offset)
+        return FactorView(
+            self.adapter, self.key, self.dtype, self.count, self.shape[::-1], self.strides[::-1], self.offset
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One formula applied to one place. `formula` names a row of `methods.FORMULAS`; `factors` and `numbers` are what
-    that formula reads, `indices` the rows of the place it is about, where it is not about all, `rounding` the dtype of a
-    rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved."""
+    that formula reads, `indices` the rows of the place it is about, where it is not about all, `rounding` the dtype of
+    a rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved."""
 
     formula: str
     place: Place

@@ -70,7 +70,8 @@ def nearest(name: str, candidates: Sequence[str], count: int = 3) -> tuple[str, 
     do not hide a differing projection."""
     wanted = name.split(".")
     scored = sorted(
-        ((_segment_likeness(wanted, other.split(".")), other) for other in candidates), key=lambda pair: (-pair[0], pair[1])
+        ((_segment_likeness(wanted, other.split(".")), other) for other in candidates),
+        key=lambda pair: (-pair[0], pair[1]),
     )
     return tuple(other for score, other in scored[:count] if score > 0.5)
 

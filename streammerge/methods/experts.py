@@ -26,12 +26,16 @@ def parameter_of(module: ModuleFactors, config: LoraConfig, architecture: Archit
         return None
     order = [*(architecture.expert_params if architecture else ()), *REGISTRATION_ORDER]
     if len(names) > 1 and not set(names) <= set(order):
-        raise NotMergeableError(tuple(names), f"the order in which `{module.module}` registers its parameters is not known")
+        raise NotMergeableError(
+            tuple(names), f"the order in which `{module.module}` registers its parameters is not known"
+        )
     ranked = sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in order else 0)
     position = len(ranked) - 1 - module.depth
     if position < 0:
         keys = tuple(info.name for info in module.slots.values())
-        raise NotMergeableError(keys, f"wrapper depth {module.depth}, but the config targets {len(ranked)} parameters of `{module.module}`")
+        raise NotMergeableError(
+            keys, f"wrapper depth {module.depth}, but the config targets {len(ranked)} parameters of `{module.module}`"
+        )
     return ranked[position]
 
 
@@ -41,7 +45,11 @@ def _is_in(target: str, module: str) -> bool:
 
 
 def expert_operations(
-    info: TensorInfo, factors: tuple[TensorInfo, TensorInfo], adapter: int, config: LoraConfig, architecture: Architecture | None
+    info: TensorInfo,
+    factors: tuple[TensorInfo, TensorInfo],
+    adapter: int,
+    config: LoraConfig,
+    architecture: Architecture | None,
 ) -> Iterator[tuple[Place, FactorView, FactorView]]:
     """Place, left and right factor of each expert of a tensor (E, rows, cols), from A (E x r, a) and B (b, r x E)."""
     a, b = factors
@@ -67,6 +75,6 @@ def _square_is_transposed(info: TensorInfo, config: LoraConfig, architecture: Ar
     if version < (0, 19, 0):
         return True
     if architecture is None:
-        reason = f"the experts `{info.name}` are square, and which way their factors lie depends on an architecture that is not known"
+        reason = f"the experts `{info.name}` are square: which way their factors lie depends on an unknown architecture"
         raise NotMergeableError((info.name,), reason)
     return architecture.experts_transposed if version >= (0, 19, 1) else not architecture.experts_transposed

@@ -6,7 +6,7 @@ have becomes a new tensor; `trainable_token_indices` replace rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from streammerge.core.errors import (
     BaseMismatchError,
@@ -33,16 +33,20 @@ def resolve_full_tensors(parts: Parts, config: LoraConfig) -> list[Wanted]:
     return [*replaced, *(Wanted(part.key.module, ("weight",), _same_width(part.info)) for part in parts.tokens)]
 
 
-def _same_shape(part: TensorInfo):  # type: ignore[no-untyped-def]
+def _same_shape(part: TensorInfo) -> Callable[[TensorInfo], bool]:
     return lambda info: info.shape == part.shape
 
 
-def _same_width(part: TensorInfo):  # type: ignore[no-untyped-def]
+def _same_width(part: TensorInfo) -> Callable[[TensorInfo], bool]:
     return lambda info: len(info.shape) == 2 and info.shape[1] == part.shape[-1]
 
 
 def read_full_tensors(
-    adapter: AdapterInput, config: LoraConfig, base: BaseView, answers: Sequence[Found | Missing], contribution: Contribution
+    adapter: AdapterInput,
+    config: LoraConfig,
+    base: BaseView,
+    answers: Sequence[Found | Missing],
+    contribution: Contribution,
 ) -> None:
     """Add the replacements and token rows to the contribution; `answers` belong to `resolve_full_tensors`."""
     parts = [*adapter.parts.replacements, *adapter.parts.tokens]
@@ -71,7 +75,9 @@ def _read_replacement(
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
         return
     if adapter.weight != 1:
-        raise CompositionError((part.key.key,), f"a replaced parameter has no weighted form; its `--weight` is {adapter.weight:g}")
+        raise CompositionError(
+            (part.key.key,), f"a replaced parameter has no weighted form; its `--weight` is {adapter.weight:g}"
+        )
 
 
 def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:
@@ -82,7 +88,12 @@ def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:
 
 
 def _read_tokens(
-    part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, base: BaseView, contribution: Contribution
+    part: FullTensor,
+    answer: Found | Missing,
+    adapter: AdapterInput,
+    config: LoraConfig,
+    base: BaseView,
+    contribution: Contribution,
 ) -> None:
     if isinstance(answer, Missing):
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
@@ -93,17 +104,31 @@ def _read_tokens(
         reason = f"`{part.key.key}` has shape {list(part.info.shape)}, the config lists {len(indices)} token indices"
         raise ConfigContradictionError((part.key.key,), reason)
     if len(info.shape) != 2 or info.shape[1] != part.info.shape[1]:
-        reason = f"the token rows have width {part.info.shape[1]:,}, `{info.name}` in the base has shape {list(info.shape)}"
+        reason = (
+            f"the token rows have width {part.info.shape[1]:,}, `{info.name}` in the base has shape {list(info.shape)}"
+        )
         raise ShapeMismatchError((part.key.key,), reason)
     if max(indices) >= info.shape[0]:
         reason = f"the adapter trains token {max(indices):,}, `{info.name}` in the base has {info.shape[0]:,} rows"
-        raise BaseMismatchError((part.key.key,), reason, "the base's embeddings were resized for training: merge into that base")
+        raise BaseMismatchError(
+            (part.key.key,), reason, "the base's embeddings were resized for training: merge into that base"
+        )
     if adapter.weight != 1:
-        raise CompositionError((part.key.key,), f"trained token rows have no weighted form; their `--weight` is {adapter.weight:g}")
+        raise CompositionError(
+            (part.key.key,), f"trained token rows have no weighted form; their `--weight` is {adapter.weight:g}"
+        )
     target = TensorInfo(answer.alias or info.name, info.dtype, info.shape, info.file, info.start, info.nbytes)
     rows = FactorView.matrix(adapter.number, part.info, *part.info.shape)
     contribution.operations.append(
-        Operation("token_rows", Place.whole(target), adapter.number, part.key.module, answer.rule, {"rows": rows}, indices=indices)
+        Operation(
+            "token_rows",
+            Place.whole(target),
+            adapter.number,
+            part.key.module,
+            answer.rule,
+            {"rows": rows},
+            indices=indices,
+        )
     )
 
 
@@ -113,7 +138,11 @@ def _indices_for(part: FullTensor, config: LoraConfig) -> tuple[int, ...]:
         found = config.token_indices
     else:
         module = part.key.module
-        found = next((rows for name, rows in config.token_indices.items() if module == name or module.endswith(f".{name}")), ())
+        found = next(
+            (rows for name, rows in config.token_indices.items() if module == name or module.endswith(f".{name}")), ()
+        )
     if not found:
-        raise ConfigContradictionError((part.key.key,), f"the config lists no `trainable_token_indices` for `{part.key.module}`")
+        raise ConfigContradictionError(
+            (part.key.key,), f"the config lists no `trainable_token_indices` for `{part.key.module}`"
+        )
     return found

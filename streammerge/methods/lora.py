@@ -58,7 +58,9 @@ def _resized(adapter: AdapterInput, answers: Sequence[Found | Missing], base: Ba
     """Tensors that the adapter brings itself with another number of rows: its factors fit those, not the base's."""
     pairs = zip(adapter.parts.replacements, answers, strict=False)
     found = [(part.info, answer) for part, answer in pairs if isinstance(answer, Found)]
-    return {answer.alias or answer.tensor: replace(base.tensors[answer.tensor], shape=info.shape) for info, answer in found}
+    return {
+        answer.alias or answer.tensor: replace(base.tensors[answer.tensor], shape=info.shape) for info, answer in found
+    }
 
 
 def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
@@ -67,13 +69,21 @@ def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
     pair = next((pair for pair in PAIRS if pair & slots), None)
     if pair is None or slots - pair - {MAGNITUDE, BIAS}:
         foreign = sorted(slots - {"lora_A", "lora_B", MAGNITUDE, BIAS})
-        raise NotMergeableError(keys, f"the config says LORA, but module `{module.module}` has the factors {', '.join(foreign)}")
+        raise NotMergeableError(
+            keys, f"the config says LORA, but module `{module.module}` has the factors {', '.join(foreign)}"
+        )
     if not pair <= slots:
-        raise IncompleteFactorsError(keys, f"module `{module.module}` has {' and '.join(sorted(pair & slots))} but not its other half")
+        raise IncompleteFactorsError(
+            keys, f"module `{module.module}` has {' and '.join(sorted(pair & slots))} but not its other half"
+        )
     if config.dora != (MAGNITUDE in slots):
         if config.dora:
-            raise IncompleteFactorsError(keys, f"the config says `use_dora`, but module `{module.module}` has no magnitude vector")
-        raise ConfigContradictionError(keys, f"module `{module.module}` has a DoRA magnitude, but the config does not say `use_dora`")
+            raise IncompleteFactorsError(
+                keys, f"the config says `use_dora`, but module `{module.module}` has no magnitude vector"
+            )
+        raise ConfigContradictionError(
+            keys, f"module `{module.module}` has a DoRA magnitude, but the config does not say `use_dora`"
+        )
 
 
 def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
@@ -83,7 +93,10 @@ def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
     def fits(info: TensorInfo) -> bool:
         a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
         sizes = {math.prod(a.shape[1:]), b.shape[0]}
-        return info.shape[-2:] == info.shape and set(info.shape) == sizes or {info.shape[0], math.prod(info.shape[1:])} == sizes
+        return (info.shape[-2:] == info.shape and set(info.shape) == sizes) or {
+            info.shape[0],
+            math.prod(info.shape[1:]),
+        } == sizes
 
     return Wanted(module.module, parameters, fits)
 
@@ -92,7 +105,13 @@ class _Module:
     """One adapted module with the tensor it resolved to."""
 
     def __init__(
-        self, module: ModuleFactors, found: Found, info: TensorInfo, adapter: AdapterInput, config: LoraConfig, base: BaseView
+        self,
+        module: ModuleFactors,
+        found: Found,
+        info: TensorInfo,
+        adapter: AdapterInput,
+        config: LoraConfig,
+        base: BaseView,
     ) -> None:
         self.module, self.found, self.info = module, found, info
         self.adapter, self.config, self.base = adapter, config, base
@@ -155,7 +174,10 @@ class _Module:
         """A (r, in, *kernel), B (out, r, 1, ...) on a kernel (out, in, *kernel): a product of flattened factors."""
         rank, out = self.a.shape[0], self.b.shape[0]
         if self.b.shape[1] != rank:
-            raise NotMergeableError((self.a.name, self.b.name), f"`{self.module.module}` is a grouped convolution, whose LoRA PEFT does not merge either")
+            raise NotMergeableError(
+                (self.a.name, self.b.name),
+                f"`{self.module.module}` is a grouped convolution, whose LoRA PEFT does not merge either",
+            )
         if self.info.shape != (out, *self.a.shape[1:]) or math.prod(self.b.shape[2:]) != 1:
             raise self._mismatch()
         columns = math.prod(self.a.shape[1:])
@@ -164,11 +186,15 @@ class _Module:
 
     def _experts(self) -> list[Operation]:
         if MAGNITUDE in self.module.slots or BIAS in self.module.slots:
-            raise NotMergeableError((self.a.name,), f"DoRA and biases are not defined for the stacked experts `{self.name}`")
+            raise NotMergeableError(
+                (self.a.name,), f"DoRA and biases are not defined for the stacked experts `{self.name}`"
+            )
         rank = self.a.shape[0] // self.info.shape[0]
         self._check_rank(rank)
         scaling = self.config.scaling(self.name, rank)
-        parts = expert_operations(self._target_info(), (self.a, self.b), self.adapter.number, self.config, self.base.architecture)
+        parts = expert_operations(
+            self._target_info(), (self.a, self.b), self.adapter.number, self.config, self.base.architecture
+        )
         return [self._operation(place, left, right, scaling) for place, left, right in parts]
 
     def _repeats(self) -> int:
@@ -181,12 +207,23 @@ class _Module:
         if self.config.init not in ("pissa", "olora"):
             return []
         if self.embedding or len(self.a.shape) > 2:
-            raise NotMergeableError((self.a.name,), f"`init_lora_weights = {self.config.init}` is not defined for `{self.module.module}`")
+            raise NotMergeableError(
+                (self.a.name,), f"`init_lora_weights = {self.config.init}` is not defined for `{self.module.module}`"
+            )
         self._refuse_weight(f"an adapter with `init_lora_weights = {self.config.init}`")
         numbers = {"rank": float(operation.factors["left"].shape[1]), "scaling": scaling}
         place = operation.place
         return [
-            Operation(self.config.init, place, self.adapter.number, self.module.module, self.found.rule, {}, numbers, rounding=self.info.dtype)
+            Operation(
+                self.config.init,
+                place,
+                self.adapter.number,
+                self.module.module,
+                self.found.rule,
+                {},
+                numbers,
+                rounding=self.info.dtype,
+            )
         ]
 
     def _bias(self, scaling: float) -> list[Operation]:
@@ -200,24 +237,35 @@ class _Module:
             raise ShapeMismatchError((delta.name,), f"`lora_bias` has {delta.count:,} values for `{name}`, which {has}")
         factors = {"delta": FactorView.vector(self.adapter.number, delta)}
         numbers = {"scaling": scaling * self.adapter.weight}
-        return [Operation("bias", Place.whole(info), self.adapter.number, self.module.module, self.found.rule, factors, numbers)]
+        return [
+            Operation(
+                "bias", Place.whole(info), self.adapter.number, self.module.module, self.found.rule, factors, numbers
+            )
+        ]
 
     def _magnitude(self, place: Place) -> FactorView:
         info = self.module.slots[MAGNITUDE]
         channels = place.shape[1] if place.transposed else place.shape[0]
         if info.count != channels:
-            raise ShapeMismatchError((info.name,), f"the magnitude has {info.count:,} values, `{self.target}` has {channels:,} output features")
+            raise ShapeMismatchError(
+                (info.name,),
+                f"the magnitude has {info.count:,} values, `{self.target}` has {channels:,} output features",
+            )
         return FactorView.vector(self.adapter.number, info)
 
     def _check_rank(self, rank: int) -> None:
         claimed = self.config.rank_of(self.name)
         if claimed is not None and claimed != rank:
             reason = f"the factors of `{self.name}` have rank {rank}, the config says {claimed}"
-            raise ConfigContradictionError((self.a.name, self.b.name), reason, "the file and the config do not belong together")
+            raise ConfigContradictionError(
+                (self.a.name, self.b.name), reason, "the file and the config do not belong together"
+            )
 
     def _refuse_weight(self, what: str) -> None:
         if self.adapter.weight != 1:
-            raise CompositionError((self.module.module,), f"{what} has no weighted form; its `--weight` is {self.adapter.weight:g}")
+            raise CompositionError(
+                (self.module.module,), f"{what} has no weighted form; its `--weight` is {self.adapter.weight:g}"
+            )
 
     def _view(self, info: TensorInfo) -> FactorView:
         return FactorView.matrix(self.adapter.number, info, *info.shape)
@@ -228,6 +276,11 @@ class _Module:
 
     def _mismatch(self) -> AdapterError:
         shapes = f"A {list(self.a.shape)} and B {list(self.b.shape)}"
-        reason = f"`{self.module.module}` has factors {shapes}, `{self.found.tensor}` in the base has shape {list(self.info.shape)}"
-        advice = "the base has another vocabulary than the adapter's" if self.embedding else "is this the base the adapter was trained on?"
+        stored = f"`{self.found.tensor}` in the base has shape {list(self.info.shape)}"
+        reason = f"`{self.module.module}` has factors {shapes}, {stored}"
+        advice = (
+            "the base has another vocabulary than the adapter's"
+            if self.embedding
+            else "is this the base the adapter was trained on?"
+        )
         return ShapeMismatchError((self.a.name, self.b.name), reason, advice)

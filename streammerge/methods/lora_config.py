@@ -25,9 +25,9 @@ READ = frozenset(
 )  # fmt: skip
 NO_CONSEQUENCE = frozenset(
     {
-        "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "exclude_modules", "layers_to_transform",
-        "layers_pattern", "lora_dropout", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-        "megatron_core", "qalora_group_size", "save_embedding_layers",
+        "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "exclude_modules", "layers_pattern",
+        "layers_to_transform", "lora_dropout", "runtime_config", "loftq_config", "eva_config", "corda_config",
+        "lora_ga_config", "megatron_core", "qalora_group_size", "save_embedding_layers",
     }
 )  # fmt: skip
 """Training-time choices. The configs of initialisations belong here because `init_lora_weights` decides."""
@@ -75,7 +75,8 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int | None:
         """The rank the config claims for a module; None where it claims none."""
-        return _by_pattern(self.rank_pattern, name, self.rank)
+        claimed: int | None = _by_pattern(self.rank_pattern, name, self.rank)
+        return claimed
 
     def scaling(self, name: str, rank: int) -> float:
         """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -117,7 +118,9 @@ def check_fields(raw: Mapping[str, Any], ignored: Collection[str]) -> None:
         if _is_set(raw.get(name)) and name not in ignored:
             raise NotMergeableError((name,), reason)
     unknown = tuple(
-        name for name, value in raw.items() if _is_set(value) and name not in READ | NO_CONSEQUENCE | MUST_BE_NEUTRAL.keys() | set(ignored)
+        name
+        for name, value in raw.items()
+        if _is_set(value) and name not in READ | NO_CONSEQUENCE | MUST_BE_NEUTRAL.keys() | set(ignored)
     )
     if unknown:
         raise UnknownFieldError(
@@ -150,7 +153,9 @@ def _init(value: object) -> str:
 
 
 def _wrong(field: str, value: object, wanted: str) -> ConfigContradictionError:
-    return ConfigContradictionError((f"{field} = {value!r}",), f"the adapter's config holds a `{field}` that is not {wanted}")
+    return ConfigContradictionError(
+        (f"{field} = {value!r}",), f"the adapter's config holds a `{field}` that is not {wanted}"
+    )
 
 
 def _checked(field: str, value: object, *, whole: bool) -> Any:
@@ -205,7 +210,8 @@ def _ranges(value: object) -> tuple[tuple[int, int], ...]:
     if not value:
         return ()
     if isinstance(value, list) and all(
-        isinstance(item, list) and len(item) == 2 and all(type(n) is int for n in item) and 0 <= item[0] < item[1] for item in value
+        isinstance(item, list) and len(item) == 2 and all(type(n) is int for n in item) and 0 <= item[0] < item[1]
+        for item in value
     ):
         return tuple((first, last) for first, last in value)
     raise _wrong("layer_replication", value, "a list of [first, last) ranges")

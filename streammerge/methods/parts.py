@@ -62,7 +62,9 @@ def sort_parts(tensors: Mapping[str, TensorInfo]) -> Parts:
             case KeyKind.FACTOR:
                 slots = groups.setdefault((key.module, key.depth, key.inside), {})
                 if key.slot in slots:
-                    raise ConfigContradictionError((slots[key.slot].name, name), "two adapter tensors stand for the same factor")
+                    raise ConfigContradictionError(
+                        (slots[key.slot].name, name), "two adapter tensors stand for the same factor"
+                    )
                 slots[key.slot] = tensors[name]
             case KeyKind.BASE_COPY:
                 ignored[name] = "a copy of the base that PEFT saved beside the trained tensor"
@@ -89,7 +91,7 @@ def _refuse_empty(tensors: Mapping[str, TensorInfo]) -> None:
         raise IncompleteFactorsError(
             empty,
             f"{len(empty):,} of {len(tensors):,} adapter tensors are empty",
-            "DeepSpeed ZeRO-3 and FSDP save empty tensors unless the parameters are gathered first: save the adapter again",
+            "DeepSpeed ZeRO-3 and FSDP save empty tensors unless parameters are gathered first: save the adapter again",
         )
     if not tensors:
         raise UnusedKeysError((), "the adapter file holds no tensors")

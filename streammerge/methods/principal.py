@@ -66,5 +66,5 @@ class Principal(AbsoluteFormula):
         import torch
 
         left, right = state
-        taken = weight - left[slice(*region.rows)] @ right[:, slice(*region.cols)]
+        taken: Tensor = weight - left[slice(*region.rows)] @ right[:, slice(*region.cols)]
         return taken.to(torch.float32).to(torch_dtype(operation.rounding)).to(torch.float64)

@@ -17,7 +17,9 @@ READERS: Mapping[str, Reader] = MappingProxyType({"LORA": read_lora})
 _PROMPTS = "it trains inputs or activations, not weights: there is no delta to merge"
 NOT_MERGEABLE: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _PROMPTS),
+        **dict.fromkeys(
+            ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _PROMPTS
+        ),
         "ADAPTION_PROMPT": _PROMPTS,
         "XLORA": "X-LoRA mixes its adapters anew for every token; merge one of its sub-adapters instead",
         "POLY": "it mixes its adapters by task, so there is no one merged weight",

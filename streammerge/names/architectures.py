@@ -181,11 +181,11 @@ def _groups(name: str, config: Mapping[str, Any], path: tuple[str, ...], prefix:
         yield TieGroup(
             sub_path, _type_at(config, sub_path, model_type if not below else _sub_type(model_type, below)), prefixed
         )
-    for attribute, below in row.get("auto", _NOTHING).items():
-        sub_path = path + tuple(below.split(".")) if below else path
-        inner = _row(_type_at(config, sub_path, _sub_type(model_type, below))).get("default")
-        if inner is not None and below:
-            yield from _groups(inner, config, sub_path, f"{prefix}{attribute}.")
+    for attribute, (below, head) in row.get("auto", _NOTHING).items():
+        sub_path = path + tuple(below.split("."))
+        inner = _row(_type_at(config, sub_path, _sub_type(model_type, below)))
+        if "default" in inner:
+            yield from _groups(inner.get(head, inner["default"]), config, sub_path, f"{prefix}{attribute}.")
 
 
 def _type_at(config: Mapping[str, Any], path: tuple[str, ...], otherwise: str) -> str:

@@ -17,6 +17,7 @@ from streammerge.core.dtypes import BY_OPTION, FLOATS
 from streammerge.core.errors import BaseMismatchError
 from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, Replacement, Source, Stored, TensorInfo
+from streammerge.core.text import some_of
 from streammerge.methods.lora_config import parse_config
 from streammerge.methods.parts import sort_parts
 from streammerge.methods.readers import read_adapter
@@ -27,7 +28,7 @@ from streammerge.planning.config_edits import dtype_edits, edited, head_edits, v
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft, changed_rows, collect, new_shape
 from streammerge.planning.layout import lay_out
 from streammerge.planning.memory import figures
-from streammerge.planning.model import AdapterRecord, BaseRecord, MergePlan, OperationFacts
+from streammerge.planning.model import AdapterRecord, BaseRecord, MergePlan
 from streammerge.planning.quantized import refuse_low_bit, refuse_quantized
 from streammerge.planning.replicate import Edit, Stock, one_replication, replicate
 from streammerge.planning.sidecars import SidecarPlan, plan_sidecars
@@ -37,13 +38,17 @@ from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
 
 
-def build_plan(checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> MergePlan:
+def build_plan(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
+) -> MergePlan:
     """The plan of merging `adapters`, each with its weight, into `checkpoint`. Raises every refusal there is."""
     return _Builder(checkpoint, adapters, weights, options).plan()
 
 
 class _Builder:
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
+    ) -> None:
         self.checkpoint, self.adapters, self.weights, self.options = checkpoint, adapters, weights, options
         self.base = checkpoint.facts
         self.config: Mapping[str, Any] = self.base.config or {}
@@ -59,7 +64,10 @@ class _Builder:
             ignored[number][key] = rule
         outputs = self._outputs(stock, settled, drafts)
         self._check_ledger(drafts, outputs, stock, ignored)
-        facts = {name: tuple(operation_facts(op, self.adapters) for op in output.operations) for name, output in outputs.items()}
+        facts = {
+            name: tuple(operation_facts(op, self.adapters) for op in output.operations)
+            for name, output in outputs.items()
+        }
         ledger.check_effect(outputs.values(), facts, self.weights)
         layout = lay_out(self.base, outputs, stock.sources, self.options.shard_limit())
         rows = changed_rows(drafts, stock.tensors)
@@ -74,7 +82,9 @@ class _Builder:
             facts=facts,
             shards=layout.shards,
             index=layout.index,
-            config=(edited(self.config, edits) if edits else self.base.config_bytes) if self.base.config_bytes else None,
+            config=(edited(self.config, edits) if edits else self.base.config_bytes)
+            if self.base.config_bytes
+            else None,
             config_edits=tuple(edits),
             dropped=stock.dropped,
             sidecars=sidecars.files,
@@ -87,7 +97,11 @@ class _Builder:
     def _read_adapters(self) -> tuple[Stock, list[Contribution], list[dict[str, str]]]:
         parts = [sort_parts(adapter.facts.tensors) for adapter in self.adapters]
         fields = self.options.ignore_config_field
-        replications = [parse_config(a.facts.config, fields).layer_replication for a in self.adapters if a.facts.config.get("peft_type") == "LORA"]
+        replications = [
+            parse_config(a.facts.config, fields).layer_replication
+            for a in self.adapters
+            if a.facts.config.get("peft_type") == "LORA"
+        ]
         stock = replicate(self.base.tensors, self.base.config, one_replication(replications))
         view = BaseView(stock.tensors, self.architecture)
         contributions: list[Contribution] = []
@@ -122,7 +136,9 @@ class _Builder:
         self._check_rows(outputs, stock.tensors, drafts)
         return outputs
 
-    def _check_rows(self, outputs: Mapping[str, OutputTensor], tensors: Mapping[str, TensorInfo], drafts: Mapping[str, Draft]) -> None:
+    def _check_rows(
+        self, outputs: Mapping[str, OutputTensor], tensors: Mapping[str, TensorInfo], drafts: Mapping[str, Draft]
+    ) -> None:
         """A resized vocabulary resizes every table with a row for each token, or the base is another one."""
         for name, (old, new) in changed_rows(drafts, tensors).items():
             for other, output in outputs.items():
@@ -132,9 +148,13 @@ class _Builder:
                     raise BaseMismatchError((name, other), reason, "merge into a base whose embeddings were resized")
 
     def _check_ledger(
-        self, drafts: Mapping[str, Draft], outputs: Mapping[str, OutputTensor], stock: Stock, ignored: Sequence[Mapping[str, str]]
+        self,
+        drafts: Mapping[str, Draft],
+        outputs: Mapping[str, OutputTensor],
+        stock: Stock,
+        ignored: Sequence[Mapping[str, str]],
     ) -> None:
-        used = {pair for draft in drafts.values() for pair in draft.keys()}
+        used = {pair for draft in drafts.values() for pair in draft.used()}
         for number, adapter in enumerate(self.adapters):
             ledger.check_adapter(adapter, {key for owner, key in used if owner == number}, ignored[number])
         ledger.check_base(self.base.tensors, outputs.values(), stock.sources, stock.dropped)
@@ -144,18 +164,30 @@ class _Builder:
     ) -> list[Edit]:
         if not self.base.config_bytes:
             return []
-        new = [output for name, output in outputs.items() if name not in stock.tensors and isinstance(output.source, Replacement)]
+        new = [
+            output
+            for name, output in outputs.items()
+            if name not in stock.tensors and isinstance(output.source, Replacement)
+        ]
         task = str(self.adapters[0].facts.config.get("task_type") or "")
         edits = [*stock.edits, *settled.edits, *dtype_edits(self.config, self.options.dtype)]
         edits += vocabulary_edits(self.config, dict.fromkeys(rows.values()))
-        return edits + head_edits(self.config, [o for o in new if o.name not in dict(settled.copies)], self.architecture, task)
+        return edits + head_edits(
+            self.config, [o for o in new if o.name not in dict(settled.copies)], self.architecture, task
+        )
 
     def _sidecars(self, outputs: Mapping[str, OutputTensor]) -> SidecarPlan:
         if self.base.lone:
             return SidecarPlan((), (), ())
-        tables = [o.shape[0] for name, o in outputs.items() if set(name.split(".")[-2:-1]) & EMBEDDING_MODULES and len(o.shape) == 2]
+        tables = [
+            o.shape[0]
+            for name, o in outputs.items()
+            if set(name.split(".")[-2:-1]) & EMBEDDING_MODULES and len(o.shape) == 2
+        ]
         files = {shard.file for shard in self.base.shards}
-        return plan_sidecars(str(self.base.root), files, [str(a.facts.root) for a in self.adapters], max(tables, default=None))
+        return plan_sidecars(
+            str(self.base.root), files, [str(a.facts.root) for a in self.adapters], max(tables, default=None)
+        )
 
     def _base_notes(self) -> list[str]:
         notes = []
@@ -163,16 +195,16 @@ class _Builder:
             named = (self.config.get("architectures") or [self.config.get("model_type")])[0]
             known = f"`{named}` is not in the table of architectures" if self.base.config else "there is no config.json"
             notes.append(f"{known}: names were joined without knowledge of prefixes and ties")
-        for adapter in self.adapters:
-            if adapter.facts.siblings:
-                notes.append(f"other adapters in subfolders are not merged: {', '.join(adapter.facts.siblings)}")
-        return notes
+        folders = [name for adapter in self.adapters for name in adapter.facts.siblings]
+        return notes + ([f"other adapters in subfolders are not merged: {some_of(folders)}"] if folders else [])
 
     def _base_record(self) -> BaseRecord:
         digest = hashlib.sha256(self.base.config_bytes)
         for shard in self.base.shards:
             digest.update(shard.header.raw if shard.header else repr(shard.tensors).encode())
-        return BaseRecord(self.base.identity, digest.hexdigest(), {shard.file: shard.size for shard in self.base.shards})
+        return BaseRecord(
+            self.base.identity, digest.hexdigest(), {shard.file: shard.size for shard in self.base.shards}
+        )
 
     def _adapter_record(self, number: int, ignored: Mapping[str, str]) -> AdapterRecord:
         adapter = self.adapters[number]

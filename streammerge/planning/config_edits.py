@@ -16,7 +16,11 @@ from streammerge.names.architectures import Architecture, sibling
 from streammerge.planning.replicate import Edit
 
 DTYPE_FIELDS = ("dtype", "torch_dtype")
-HEADS = {"score": "ForSequenceClassification", "classifier": "ForSequenceClassification", "qa_outputs": "ForQuestionAnswering"}
+HEADS = {
+    "score": "ForSequenceClassification",
+    "classifier": "ForSequenceClassification",
+    "qa_outputs": "ForQuestionAnswering",
+}
 """Module names of new heads, and the class of the same model type that has one."""
 DEFAULT_LABELS = 2
 
@@ -40,7 +44,9 @@ def vocabulary_edits(config: Mapping[str, Any], rows: Iterable[tuple[int, int]])
     return edits
 
 
-def head_edits(config: Mapping[str, Any], new: Sequence[OutputTensor], architecture: Architecture | None, task: str) -> list[Edit]:
+def head_edits(
+    config: Mapping[str, Any], new: Sequence[OutputTensor], architecture: Architecture | None, task: str
+) -> list[Edit]:
     """The class and the number of labels that a new head asks for."""
     edits: list[Edit] = []
     for output in new:
@@ -53,7 +59,11 @@ def head_edits(config: Mapping[str, Any], new: Sequence[OutputTensor], architect
         named = sibling(architecture.model_type, suffix)
         if named and config.get("architectures") != [named]:
             edits.append((("architectures",), [named]))
-        labels = len(config["id2label"]) if isinstance(config.get("id2label"), Mapping) else config.get("num_labels", DEFAULT_LABELS)
+        labels = (
+            len(config["id2label"])
+            if isinstance(config.get("id2label"), Mapping)
+            else config.get("num_labels", DEFAULT_LABELS)
+        )
         if output.shape[0] != labels and suffix != "ForQuestionAnswering":
             edits += [
                 (("id2label",), {str(n): f"LABEL_{n}" for n in range(output.shape[0])}),
@@ -76,7 +86,9 @@ def edited(config: Mapping[str, Any], edits: Sequence[Edit]) -> bytes:
 def _paths(config: Mapping[str, Any], at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every field of the config and its sub-configs, outer ones first."""
     own = [(*at, name) for name, value in config.items() if not isinstance(value, Mapping)]
-    inner = [path for name, value in config.items() if isinstance(value, Mapping) for path in _paths(value, (*at, name))]
+    inner = [
+        path for name, value in config.items() if isinstance(value, Mapping) for path in _paths(value, (*at, name))
+    ]
     return own + inner
 
 

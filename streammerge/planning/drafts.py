@@ -38,7 +38,7 @@ class Draft:
         """The operations that do not."""
         return [operation for operation in self.operations if operation.formula != "token_rows"]
 
-    def keys(self) -> set[tuple[int, str]]:
+    def used(self) -> set[tuple[int, str]]:
         """The adapter tensors this draft uses, as (adapter, key)."""
         used = {(view.adapter, view.key) for operation in self.operations for view in operation.factors.values()}
         return used | ({(self.replaced_by, self.replacement.part.key.key)} if self.replacement else set())
@@ -52,7 +52,11 @@ def collect(contributions: Sequence[Contribution]) -> dict[str, Draft]:
             draft = drafts.setdefault(replacement.tensor, Draft())
             if draft.replacement:
                 both = (draft.replacement.part.key.key, replacement.part.key.key)
-                raise CompositionError(both, f"two adapters replace `{replacement.tensor}`", "merge them one at a time, in the order you mean")
+                raise CompositionError(
+                    both,
+                    f"two adapters replace `{replacement.tensor}`",
+                    "merge them one at a time, in the order you mean",
+                )
             draft.replacement, draft.replaced_by = replacement, number
         for operation in contribution.operations:
             drafts.setdefault(operation.place.tensor, Draft()).operations.append(operation)
@@ -70,11 +74,15 @@ def check_composition(name: str, draft: Draft) -> None:
     if looking and len(adapters) > 1:
         title = FORMULAS[looking[0].formula].title
         reason = f"several adapters change `{name}`, and one of them by `{title}`, which has no agreed sum with others"
-        raise CompositionError(tuple(dict.fromkeys(op.module for op in looking)), reason, "merge them one at a time, in the order you mean")
+        raise CompositionError(
+            tuple(dict.fromkeys(op.module for op in looking)), reason, "merge them one at a time, in the order you mean"
+        )
     rows = [row for op in draft.tokens for row in op.indices]
     if len(set(rows)) != len(rows):
         row = next(row for row in rows if rows.count(row) > 1)
-        raise CompositionError((name,), f"two adapters replace row {row:,} of `{name}`", "merge them one at a time, in the order you mean")
+        raise CompositionError(
+            (name,), f"two adapters replace row {row:,} of `{name}`", "merge them one at a time, in the order you mean"
+        )
 
 
 def new_shape(name: str, draft: Draft, info: TensorInfo | None) -> tuple[int, ...]:
@@ -97,7 +105,8 @@ def new_shape(name: str, draft: Draft, info: TensorInfo | None) -> tuple[int, ..
 def _check_places(name: str, draft: Draft, shape: tuple[int, ...]) -> None:
     for operation in draft.operations:
         if (operation.place.view.rows, operation.place.view.cols) != shape:
-            reason = f"module `{operation.module}` was adapted at {operation.place.view.rows:,} rows, the adapter's own `{name}` has {shape[0]:,}"
+            adapted = f"module `{operation.module}` was adapted at {operation.place.view.rows:,} rows"
+            reason = f"{adapted}, the adapter's own `{name}` has {shape[0]:,}"
             raise ShapeMismatchError((operation.module,), reason)
 
 

@@ -36,11 +36,15 @@ def size_of(output: OutputTensor) -> int:
     return count * BITS[output.dtype] // 8
 
 
-def lay_out(base: CheckpointFacts, outputs: Mapping[str, OutputTensor], sources: Mapping[str, str], limit: int | None) -> Layout:
+def lay_out(
+    base: CheckpointFacts, outputs: Mapping[str, OutputTensor], sources: Mapping[str, str], limit: int | None
+) -> Layout:
     """Files for `outputs`. `sources` maps those that stand for a stored tensor to its name; `limit` is the size to
     re-shard to, None to keep the base's files."""
     homes = _homes(base, outputs, sources)
-    groups = _keep(base, homes) if limit is None else _reshard([name for names in homes for name in names], outputs, limit)
+    groups = (
+        _keep(base, homes) if limit is None else _reshard([name for names in homes for name in names], outputs, limit)
+    )
     shards = tuple(_shard(file, [outputs[name] for name in names], before) for file, names, before in groups)
     _check_files(shards)
     single = len(shards) == 1 and (base.lone or shards[0].file == SAFETENSORS or (base.index is None and limit is None))
@@ -60,12 +64,18 @@ def _homes(base: CheckpointFacts, outputs: Mapping[str, OutputTensor], sources: 
 
 def _keep(base: CheckpointFacts, homes: list[list[str]]) -> list[tuple[str, list[str], Shard | None]]:
     if not base.is_torch_bin:
-        return [(shard.file, names, shard) for shard, names in zip(base.shards, homes, strict=True) if names or not shard.tensors]
+        return [
+            (shard.file, names, shard)
+            for shard, names in zip(base.shards, homes, strict=True)
+            if names or not shard.tensors
+        ]
     kept = [names for names in homes if names]
     return [(file, names, None) for file, names in zip(_file_names(len(kept)), kept, strict=True)]
 
 
-def _reshard(names: Sequence[str], outputs: Mapping[str, OutputTensor], limit: int) -> list[tuple[str, list[str], Shard | None]]:
+def _reshard(
+    names: Sequence[str], outputs: Mapping[str, OutputTensor], limit: int
+) -> list[tuple[str, list[str], Shard | None]]:
     """Fill files in order up to `limit` bytes of data; a tensor above the limit has a file of its own."""
     groups: list[list[str]] = []
     filled = limit
@@ -87,7 +97,9 @@ def _file_names(count: int) -> list[str]:
 
 def _shard(file: str, tensors: Sequence[OutputTensor], before: Shard | None) -> OutputShard:
     header = before.header if before else None
-    same = header is not None and [(t.name, t.dtype, t.shape) for t in tensors] == [(i.name, i.dtype, i.shape) for i in header.tensors]
+    same = header is not None and [(t.name, t.dtype, t.shape) for t in tensors] == [
+        (i.name, i.dtype, i.shape) for i in header.tensors
+    ]
     if header is not None and same:
         raw = header.raw
     else:
@@ -106,11 +118,16 @@ def _check_files(shards: Sequence[OutputShard]) -> None:
     for shard in shards:
         if shard.file.casefold() in folded:
             files = (folded[shard.file.casefold()], shard.file)
-            raise CompositionError(files, "two shards of the base differ only in the case of their names; a file system may take them for one")
+            raise CompositionError(
+                files,
+                "two shards of the base differ only in the case of their names; a file system may take them for one",
+            )
         folded[shard.file.casefold()] = shard.file
 
 
-def _index(base: CheckpointFacts, shards: Sequence[OutputShard], outputs: Mapping[str, OutputTensor], same_files: bool) -> bytes:
+def _index(
+    base: CheckpointFacts, shards: Sequence[OutputShard], outputs: Mapping[str, OutputTensor], same_files: bool
+) -> bytes:
     weight_map = {name: shard.file for shard in shards for name in shard.offsets}
     total = sum(size_of(output) for output in outputs.values())
     metadata = dict(base.index.metadata) if base.index else {}

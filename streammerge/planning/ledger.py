@@ -34,7 +34,9 @@ def _unmatched(left: Sequence[UnmatchedKey], total: int, contribution: Contribut
     elif any(".experts." in item.key or item.key.endswith(".experts.lora_A.weight") for item in left):
         advice = "experts that are stacked in the adapter and stored one by one in the base are not supported yet"
     else:
-        advice = "see every key with `streammerge inspect ADAPTER --base BASE`; keys that may be lost: `--allow-unused GLOB`"
+        advice = (
+            "see every key with `streammerge inspect ADAPTER --base BASE`; keys that may be lost: `--allow-unused GLOB`"
+        )
     return UnmatchedKeysError(tuple(left), total, advice=advice)
 
 
@@ -42,10 +44,14 @@ def check_adapter(adapter: Adapter, used: Collection[str], ignored: Mapping[str,
     """Refuse adapter tensors that neither the plan uses nor a rule lets go."""
     lost = tuple(name for name in adapter.facts.tensors if name not in used and name not in ignored)
     if lost:
-        raise UnusedKeysError(lost, f"{len(lost):,} of {len(adapter.facts.tensors):,} adapter tensors are used by no part of the plan")
+        raise UnusedKeysError(
+            lost, f"{len(lost):,} of {len(adapter.facts.tensors):,} adapter tensors are used by no part of the plan"
+        )
 
 
-def check_base(stored: Iterable[str], outputs: Iterable[OutputTensor], sources: Mapping[str, str], dropped: Mapping[str, str]) -> None:
+def check_base(
+    stored: Iterable[str], outputs: Iterable[OutputTensor], sources: Mapping[str, str], dropped: Mapping[str, str]
+) -> None:
     """Every base tensor reaches the output or is dropped by rule; a failure here is a bug of ours."""
     reached = {sources.get(output.name, output.name) for output in outputs} | dropped.keys()
     lost = [name for name in stored if name not in reached]
@@ -53,11 +59,19 @@ def check_base(stored: Iterable[str], outputs: Iterable[OutputTensor], sources: 
         raise AssertionError(f"base tensors without a recipe: {lost[:5]}")
 
 
-def check_effect(outputs: Iterable[OutputTensor], facts: Mapping[str, Sequence[OperationFacts]], weights: Sequence[float]) -> None:
+def check_effect(
+    outputs: Iterable[OutputTensor], facts: Mapping[str, Sequence[OperationFacts]], weights: Sequence[float]
+) -> None:
     """Refuse a plan that changes nothing."""
     changed = [output for output in outputs if output.operations or isinstance(output.source, Replacement)]
     if not changed:
         raise NoEffectError((), "the adapter changes nothing: none of its tensors has a target")
-    if all(fact.zero for output in changed for fact in facts[output.name]) and not any(isinstance(o.source, Replacement) for o in changed):
+    if all(fact.zero for output in changed for fact in facts[output.name]) and not any(
+        isinstance(o.source, Replacement) for o in changed
+    ):
         reason = "every weight is 0" if not any(weights) else "every delta is zero"
-        raise NoEffectError((), f"the adapter changes nothing: {reason}", "an untrained adapter has B = 0; was the right checkpoint saved?")
+        raise NoEffectError(
+            (),
+            f"the adapter changes nothing: {reason}",
+            "an untrained adapter has B = 0; was the right checkpoint saved?",
+        )

@@ -21,24 +21,27 @@ PIECE = 4 * 2**20
 """Bytes of an untouched tensor that a worker handles at a time."""
 FLOAT64, FLOAT32 = 8, 4
 TILE_COPIES = 4
-"""float64 copies of a tile alive at once: the product, the delta kept for the report, W widened, the effective delta."""
+"""float64 copies of a tile alive at once: the product, the delta kept for the report, W widened, the change made."""
 
 
-def figures(outputs: Mapping[str, OutputTensor], shards: Iterable[OutputShard], stored: Iterable[TensorInfo], options: Options) -> Figures:
+def figures(
+    outputs: Mapping[str, OutputTensor], shards: Iterable[OutputShard], stored: Iterable[TensorInfo], options: Options
+) -> Figures:
     """The figures of a plan, with as many of the wanted workers as the budget holds.
 
     Raises BudgetError where it does not hold one.
     """
     tile, tile_of = max((_tile_memory(output), name) for name, output in outputs.items())
     state, state_of = max((_state_memory(output), name) for name, output in outputs.items())
-    needed, because = (tile, tile_of) if tile >= state else (state, state_of)
     each = PIECE + tile
     whole = each + state
     if whole > options.memory:
-        reason = f"for `{because}`" if not state else f"the decomposition of `{state_of}` needs all of it in memory"
+        reason = f"for `{tile_of}`" if not state else f"the decomposition of `{state_of}` needs all of it in memory"
         raise BudgetError(needed=whole, granted=options.memory, because=reason)
     workers = min(options.worker_count(), max(1, (options.memory - state) // each))
-    return Figures(workers, workers * each + state, sum(info.nbytes for info in stored), sum(shard.size for shard in shards))
+    return Figures(
+        workers, workers * each + state, sum(info.nbytes for info in stored), sum(shard.size for shard in shards)
+    )
 
 
 def _tile_memory(output: OutputTensor) -> int:

@@ -98,7 +98,9 @@ class MergePlan:
     @property
     def changed(self) -> list[OutputTensor]:
         """The tensors that are not plain copies of the base."""
-        return [tensor for tensor in self.tensors.values() if tensor.operations or isinstance(tensor.source, Replacement)]
+        return [
+            tensor for tensor in self.tensors.values() if tensor.operations or isinstance(tensor.source, Replacement)
+        ]
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan that can change a byte of the output."""
@@ -116,7 +118,8 @@ class MergePlan:
             "options": dict(self.options),
             "tensors": [_tensor_data(tensor, self.facts[name]) for name, tensor in self.tensors.items()],
             "shards": [
-                {"file": s.file, "size": s.size, "header": s.header.decode("latin-1"), "offsets": dict(s.offsets)} for s in self.shards
+                {"file": s.file, "size": s.size, "header": s.header.decode("latin-1"), "offsets": dict(s.offsets)}
+                for s in self.shards
             ],
             "index": self.index.decode() if self.index else None,
             "config": self.config.decode() if self.config else None,
@@ -143,10 +146,14 @@ class MergePlan:
         return cls(
             base=BaseRecord(**data["base"]),
             adapters=tuple(AdapterRecord(**item) for item in data["adapters"]),
-            options={name: tuple(value) if isinstance(value, list) else value for name, value in data["options"].items()},
+            options={
+                name: tuple(value) if isinstance(value, list) else value for name, value in data["options"].items()
+            },
             tensors={tensor.name: tensor for tensor, _ in pairs},
             facts={tensor.name: facts for tensor, facts in pairs},
-            shards=tuple(OutputShard(s["file"], s["size"], s["header"].encode("latin-1"), s["offsets"]) for s in data["shards"]),
+            shards=tuple(
+                OutputShard(s["file"], s["size"], s["header"].encode("latin-1"), s["offsets"]) for s in data["shards"]
+            ),
             index=data["index"].encode() if data["index"] else None,
             config=data["config"].encode() if data["config"] else None,
             config_edits=tuple((tuple(path), value) for path, value in data["config_edits"]),
@@ -166,7 +173,9 @@ def _tensor_data(tensor: OutputTensor, facts: tuple[OperationFacts, ...]) -> dic
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
-        "source": {"stored": source.name} if isinstance(source, Stored) else {"adapter": source.adapter, "key": source.key},
+        "source": {"stored": source.name}
+        if isinstance(source, Stored)
+        else {"adapter": source.adapter, "key": source.key},
         "operations": [asdict(operation) for operation in tensor.operations],
         "facts": [asdict(fact) for fact in facts],
     }

@@ -35,10 +35,12 @@ def refuse_quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, Ten
         if section:
             method = section.get("quant_method", "unknown") if isinstance(section, Mapping) else "unknown"
             raise NotMergeableError((field,), f"the base is quantized ({method}): that is not supported yet", ADVICE)
-    for name, info in tensors.items():
+    for name in tensors:
         last = name.rpartition(".")[2]
         scheme = COMPANIONS.get(last) or ("bitsandbytes 4-bit" if "quant_state" in name else None)
-        scheme = scheme or ("MXFP4" if last.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors else None)
+        scheme = scheme or (
+            "MXFP4" if last.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in tensors else None
+        )
         if scheme:
             raise NotMergeableError((name,), f"the base is quantized ({scheme}): that is not supported yet", ADVICE)
 
@@ -46,4 +48,6 @@ def refuse_quantized(config: Mapping[str, Any] | None, tensors: Mapping[str, Ten
 def refuse_low_bit(info: TensorInfo) -> None:
     """Raise NotMergeableError for a target whose dtype only quantized checkpoints use, or that is no float."""
     kind = "a quantized dtype" if info.dtype in LOW_BIT else "not a float dtype"
-    raise NotMergeableError((info.name,), f"the adapter changes `{info.name}`, which is stored as {info.dtype}: {kind}", ADVICE)
+    raise NotMergeableError(
+        (info.name,), f"the adapter changes `{info.name}`, which is stored as {info.dtype}: {kind}", ADVICE
+    )

@@ -47,7 +47,9 @@ def replicate(
     container, count = _container(base, config)
     layers = [old for first, last in ranges for old in range(first, last)]
     if max(layers) >= count:
-        raise BaseMismatchError(("layer_replication",), f"the adapter replicates layer {max(layers)}, the base has {count} layers")
+        raise BaseMismatchError(
+            ("layer_replication",), f"the adapter replicates layer {max(layers)}, the base has {count} layers"
+        )
     tensors: dict[str, TensorInfo] = {}
     sources: dict[str, str] = {}
     for name, info in base.items():

@@ -60,16 +60,18 @@ class Ties:
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
-        edits = self.architecture.untie(self.config)
+        edits: tuple[Edit, ...] | None = self.architecture.untie(self.config)
         if edits is None:
             raise self._cannot_untie(*parted[0])
         # The flag is one for all ties of the class: with it gone, every side must be on disk.
         copies = {other: physical for physical, other in pairs if other not in self.base}
-        notes = tuple(f"`{a}` and `{b}` were tied and differ now: both are written, the tie flag is set false" for a, b in parted)
+        notes = tuple(
+            f"`{a}` and `{b}` were tied and differ now: both are written, the tie flag is set false" for a, b in parted
+        )
         return Settled(copies, self._copy_effects(drafts, pairs, parted), edits, notes)
 
     def _on_disk(self, target: str, source: str, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
-        """The stored side of a tie and the other, as they are spelled in this base; None if the tie is of no concern."""
+        """The stored side of a tie and the other, as spelled in this base; None if the tie is of no concern."""
         names = [self._spelling(name, drafts) for name in (source, target)]
         present = [name for name in names if name in self.base]
         if not present:
@@ -98,7 +100,10 @@ class Ties:
         alike = (a.formula, a.numbers, a.indices, a.rounding) == (b.formula, b.numbers, b.indices, b.rounding)
         if not alike or a.factors.keys() != b.factors.keys():
             return False
-        return all(a.factors[name] == b.factors[name] or same_values(a.factors[name], b.factors[name], self.adapters) for name in a.factors)
+        return all(
+            a.factors[name] == b.factors[name] or same_values(a.factors[name], b.factors[name], self.adapters)
+            for name in a.factors
+        )
 
     def _keep_tied(self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]]) -> dict[tuple[int, str], str]:
         """One recipe for both sides of each tie; a side that is not stored stays unwritten. Returns the duplicates."""
@@ -107,13 +112,13 @@ class Ties:
             second = drafts.pop(other, None) if other not in self.base else None
             if second:
                 rule = f"tied: the same effect as on `{physical}`, applied once"
-                duplicates |= dict.fromkeys(second.keys() - drafts.get(physical, Draft()).keys(), rule)
+                duplicates |= dict.fromkeys(second.used() - drafts.get(physical, Draft()).used(), rule)
         return duplicates
 
     def _copy_effects(
         self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]], parted: Sequence[tuple[str, str]]
     ) -> dict[tuple[int, str], str]:
-        """Ties that fall apart only because another one does: both sides get the same effect. Nothing is a duplicate."""
+        """Ties that fall apart only because another one does: both sides get the same effect, none is a duplicate."""
         for physical, other in pairs:
             if (physical, other) not in parted and physical in drafts:
                 ours = drafts[physical]
@@ -124,8 +129,8 @@ class Ties:
     def _cannot_untie(self, physical: str, other: str) -> NotMergeableError:
         name = self.architecture.name if self.architecture else ""
         reason = (
-            f"the adapter changes one side of the tie between `{physical}` and `{other}`, and {name} cannot be untied by its "
-            "config without changing what it computes: no checkpoint can say what the adapter means"
+            f"the adapter changes one side of the tie between `{physical}` and `{other}`, and {name} cannot be untied "
+            "by its config without changing what it computes: no checkpoint can say what the adapter means"
         )
         return NotMergeableError((physical, other), reason)
 
@@ -136,7 +141,8 @@ class Ties:
             return
         for name in drafts:
             if EMBEDDING_MODULES & set(name.split(".")):
-                reason = f"the adapter changes `{name}` and the config says that embeddings are tied, but this class is not in the table of ties"
+                said = f"the adapter changes `{name}` and the config says that embeddings are tied"
+                reason = f"{said}, but this class is not in the table of ties"
                 raise NotMergeableError((name,), reason)
 
 

@@ -15,7 +15,7 @@ ARITHMETIC_VERSION = 1
 """Raised by whatever changes a bit of any output."""
 SMALL_RANK = 32
 TILE_ELEMENTS, TILE_ELEMENTS_HIGH_RANK = 2**17, 2**18
-"""1 or 2 MiB of float64: the tile stays in a core's second-level cache; at high rank the product gains from more rows."""
+"""1 or 2 MiB of float64: the tile stays in a core's second-level cache; a high rank gains from more rows."""
 LEAST_ROWS = 8
 LONGEST_ROW = 2**20
 """Elements of a row above which it is cut into stretches."""

@@ -28,14 +28,20 @@ def check_finite(adapter: Adapter) -> None:
 
     for name, info in adapter.facts.tensors.items():
         if info.dtype not in FLOATS:
-            raise NotMergeableError((name,), f"the adapter tensor `{name}` has dtype {info.dtype}, which is not a float that is merged")
+            raise NotMergeableError(
+                (name,), f"the adapter tensor `{name}` has dtype {info.dtype}, which is not a float that is merged"
+            )
         width = itemsize(info.dtype)
         for start in range(0, info.nbytes, PIECE * width):
             end = min(start + PIECE * width, info.nbytes)
             finite = np.isfinite(as_numpy(adapter.files.read(info, start, end), info.dtype))
             if not finite.all():
                 index = start // width + int(finite.argmin())
-                raise NonFiniteError((name,), f"the adapter tensor `{name}` is not finite at element {index:,}", "the training run diverged, or the file is damaged")
+                raise NonFiniteError(
+                    (name,),
+                    f"the adapter tensor `{name}` is not finite at element {index:,}",
+                    "the training run diverged, or the file is damaged",
+                )
         adapter.files.give_back(info, 0, info.nbytes)
 
 
@@ -53,7 +59,7 @@ def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int,
     words = np.frombuffer(adapter.files.read(info, low * width, high * width), f"u{width}")
     steps = tuple(step * width for step in view.strides)
     gathered = np.ascontiguousarray(np.lib.stride_tricks.as_strided(words, shape, steps, writeable=False))
-    return as_numpy(memoryview(gathered.reshape(-1).view(np.uint8)), info.dtype).reshape(shape)
+    return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(shape)
 
 
 def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> OperationFacts:
@@ -61,7 +67,9 @@ def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> Operat
     import numpy as np
 
     if operation.formula == "bias":
-        delta = np.asarray(factor_array(operation.factors["delta"], adapters), np.float64) * operation.numbers["scaling"]
+        delta = (
+            np.asarray(factor_array(operation.factors["delta"], adapters), np.float64) * operation.numbers["scaling"]
+        )
         return _facts(float(np.sqrt((delta * delta).sum())))
     if operation.formula != "lora":
         return OperationFacts(None, zero=False)

@@ -60,7 +60,10 @@ class OutputDirectory:
         for root in inputs:
             there = root.resolve()
             if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-                raise OutputExistsError(f"the output `{self.path}` and the input `{root}` lie inside each other", "choose another `--output`")
+                raise OutputExistsError(
+                    f"the output `{self.path}` and the input `{root}` lie inside each other",
+                    "choose another `--output`",
+                )
         if any(parent.name.startswith("models--") for parent in (here, *here.parents)):
             raise OutputExistsError(f"the output `{self.path}` lies inside a Hub cache", "choose another `--output`")
 
@@ -79,20 +82,24 @@ class OutputDirectory:
             if not overwrite:
                 raise OutputExistsError(
                     f"`{self.path}` holds the finished result of another merge",
-                    f"it was {_difference(report, plan_digest)}; choose another `--output`, or replace it with `--overwrite`",
+                    f"it was {_difference(report, plan_digest)}; choose another `--output`, or give `--overwrite`",
                 )
-            self._remove([str(name) for name in report.get("files", ())] + [str(name) for name in report.get("sidecars", ())])
+            self._remove(
+                [str(name) for name in report.get("files", ())] + [str(name) for name in report.get("sidecars", ())]
+            )
         elif state is State.UNFINISHED:
             run = self._run()
             if run.get("fingerprint") != fingerprint and not overwrite:
                 raise OutputExistsError(
                     f"`{self.path}` holds an unfinished run of another merge",
-                    "finish it with the command that began it, choose another `--output`, or replace it with `--overwrite`",
+                    "finish it with the command that began it, or replace it with `--overwrite`",
                 )
             self._remove([str(name) for name in run.get("files", ())])
         if self.state() is State.FOREIGN:
             listed = some_of(io.list_tree(self.path), 3)
-            raise OutputExistsError(f"`{self.path}` is not empty: it holds {listed}", "choose an `--output` that is empty or does not exist")
+            raise OutputExistsError(
+                f"`{self.path}` is not empty: it holds {listed}", "choose an `--output` that is empty or does not exist"
+            )
         io.make_dirs(self.staging)
         run_file = {"fingerprint": fingerprint, "plan": plan_digest, "files": list(files)}
         self.put(RUN, strict_json.dumps(run_file), into=self.staging)
@@ -131,7 +138,9 @@ class OutputDirectory:
         try:
             return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
         except StreamMergeError as error:
-            raise OutputExistsError(f"`{path}` is there and cannot be read: {error}", "choose another `--output`") from error
+            raise OutputExistsError(
+                f"`{path}` is there and cannot be read: {error}", "choose another `--output`"
+            ) from error
 
     def _run(self) -> dict[str, Any]:
         path = self.staging / RUN
@@ -145,7 +154,7 @@ class OutputDirectory:
         for name in (MARKER, CONFIG, INDEX):
             io.remove(self.path / name)
         io.sync_dir(self.path)
-        folders = set()
+        folders: set[Path] = set()
         for name in files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 continue  # a report that was tampered with never reaches outside its own directory
@@ -163,7 +172,9 @@ class OutputDirectory:
         names = io.list_tree(self.staging)
         for name in sorted(names, key=lambda name: name == RUN):
             io.remove(self.staging / name)
-        folders = {parent for name in names for parent in (self.staging / name).parents if self.staging in parent.parents}
+        folders = {
+            parent for name in names for parent in (self.staging / name).parents if self.staging in parent.parents
+        }
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
             io.remove_dir_if_empty(folder)
         io.remove_dir_if_empty(self.staging)

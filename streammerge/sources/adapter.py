@@ -112,5 +112,7 @@ def _no_adapter(root: Path, siblings: tuple[str, ...]) -> InputMissingError:
         listed = f"has no adapter at its root; its subfolders with one: {', '.join(siblings)}"
         return InputMissingError(str(root), listed, f"name one of them: `{root}:{siblings[0]}`")
     if (root / "config.json").exists():
-        return InputMissingError(str(root), f"has no `{CONFIG}`: it looks like a checkpoint", "the order is BASE, then ADAPTER")
+        return InputMissingError(
+            str(root), f"has no `{CONFIG}`: it looks like a checkpoint", "the order is BASE, then ADAPTER"
+        )
     return InputMissingError(str(root), f"has no `{CONFIG}`")

@@ -112,7 +112,11 @@ def _facts(root: Path, identity: str, index: WeightIndex | None, files: list[str
 def _read_shard(root: Path, file: str) -> Shard:
     path = root / file
     if not path.exists():
-        raise InputMissingError(str(path), "is named by the index and is not there", "fetch the missing shard, or the whole checkpoint again")
+        raise InputMissingError(
+            str(path),
+            "is named by the index and is not there",
+            "fetch the missing shard, or the whole checkpoint again",
+        )
     _refuse_outside(root, path)
     if file.endswith(".safetensors"):
         header = read_header(path, file)
@@ -143,7 +147,9 @@ def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
     raise InputMissingError(
         str(root),
         "holds no weights: no `model.safetensors`, no `pytorch_model.bin`, no index of either",
-        "is this an adapter? The base comes first: `streammerge run BASE ADAPTER -o OUT`" if (root / "adapter_config.json").exists() else "",
+        "is this an adapter? The base comes first: `streammerge run BASE ADAPTER -o OUT`"
+        if (root / "adapter_config.json").exists()
+        else "",
     )
 
 

@@ -27,13 +27,19 @@ class _OpenFile:
         self.path = str(path)
         self.fd = io.open_input(path)
         self.state = io.state_of(self.fd, self.path)
-        self.mapping: mmap.mmap | None = io.map_input(self.fd, self.path, self.state.size) if mapped and self.state.size else None
+        self.mapping: mmap.mmap | None = (
+            io.map_input(self.fd, self.path, self.state.size) if mapped and self.state.size else None
+        )
 
     def check(self) -> None:
         """Raise InputReadError if the file is no longer what was opened."""
         now = io.state_of(self.fd, self.path)
         if now != self.state:
-            reason = f"it had {self.state.size:,} bytes and has {now.size:,} now" if now.size != self.state.size else "it was modified"
+            reason = (
+                f"it had {self.state.size:,} bytes and has {now.size:,} now"
+                if now.size != self.state.size
+                else "it was modified"
+            )
             raise InputReadError(self.path, "read", f"the file changed while it was being used: {reason}")
 
     def __del__(self) -> None:
@@ -115,4 +121,4 @@ class TensorFiles:
         flat = np.frombuffer(data, np.dtype(f"V{width}"))
         steps = tuple(step * width for step in strides)
         rows = np.lib.stride_tricks.as_strided(flat, (last - first, *info.shape[1:]), steps, writeable=False)
-        return memoryview(np.ascontiguousarray(rows).view(np.uint8).reshape(-1))[start - first * row : end - first * row]
+        return np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data[start - first * row : end - first * row]

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,6 +45,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
+        self.on_request: Callable[[str], None] = lambda path: None
         self.requests: list[str] = []
         self.tokens: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -132,6 +133,7 @@ class FakeHub:
             def do_GET(self) -> None:
                 path = urlsplit(self.path).path
                 hub.requests.append(f"{self.command} {path}")
+                hub.on_request(path)
                 hub.tokens.append(self.headers.get("Authorization", ""))
                 fault = next((fault for fault in hub.faults if fault.needle in path), None)
                 if fault is not None and fault.status == 0:

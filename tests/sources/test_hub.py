@@ -105,6 +105,20 @@ def test_a_shard_name_that_leads_outside_is_refused(hub, home):
     assert ask("base", "org/base", hub.url, home).data["error"] == "UnsafeInputError"
 
 
+def test_a_branch_that_moves_meanwhile_is_not_fetched_half_and_half(hub, home):
+    hub.commit("org/base", BASE)
+
+    def move_after_the_listing(path):
+        if path.startswith("/api/models/org/base/tree/"):
+            hub.commit("org/base", {**BASE, "README.md": b"moved"})
+
+    hub.on_request = move_after_the_listing
+    got = ask("base", "org/base", hub.url, home)
+    assert "`main` moved to another commit" in got.data["message"]
+    assert not hub.downloaded() & set(SHARDS)
+    assert ask("base", "org/base", hub.url, home).files["README.md"] == b"moved"
+
+
 def test_an_adapter_given_as_a_base_is_named_as_such(hub, home):
     hub.commit("org/lora", ADAPTER)
     got = ask("base", "org/lora", hub.url, home)
