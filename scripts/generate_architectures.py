@@ -43,7 +43,11 @@ HEADLESS = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForTextEncoding": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 }
-HEADED = {"AutoModelForCausalLM": "causal", "AutoModelForSeq2SeqLM": "default", "AutoModelForImageTextToText": "default"}
+HEADED = {
+    "AutoModelForCausalLM": "causal",
+    "AutoModelForSeq2SeqLM": "default",
+    "AutoModelForImageTextToText": "default",
+}
 
 
 def concrete_classes(families: Collection[str] = ()) -> dict[str, type]:

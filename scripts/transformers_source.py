@@ -131,12 +131,9 @@ def _has_flag_code(cls: type) -> bool:
 
 def derived_from_flag(config_class: type) -> set[str]:
     """Config fields that a config class computes from the tie flag."""
-    fields = set()
-    for node in ast.walk(_class_tree(config_class)):
-        for attribute, value in _assignments(node):
-            if attribute != FLAG and any(_mentions_flag(part) for part in ast.walk(value)):
-                fields.add(attribute)
-    return fields
+    pairs = (pair for node in ast.walk(_class_tree(config_class)) for pair in _assignments(node))
+    fields = {attribute for attribute, value in pairs if any(_mentions_flag(part) for part in ast.walk(value))}
+    return fields - {FLAG, *config_class.sub_configs}
 
 
 def other_flags(config_class: type) -> set[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,7 @@ TARGETS = ("q_proj", "v_proj")
 
 def run(arguments: argparse.Namespace, output: Output) -> None:
     """Build, inspect, plan, merge, verify, and show each step as the command one would type."""
-    root = Path(arguments.directory) if arguments.directory else Path(tempfile.mkdtemp(prefix="streammerge-demo-"))
+    root = Path(arguments.directory) if arguments.directory else Path(io.temporary_dir("streammerge-demo-"))
     if io.exists(root) and io.list_tree(root):
         raise OutputExistsError(f"`{root}` is not empty", "give the demo a directory of its own")
     base, adapter, merged = (root / name for name in ("base", "adapter", "merged"))

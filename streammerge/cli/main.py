@@ -6,7 +6,6 @@ Nothing heavy is imported before a command needs it, so that help and usage erro
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import streammerge
 from streammerge.cli.output import Output
 from streammerge.cli.signals import interruptible
+from streammerge.core import io
 from streammerge.core.errors import StreamMergeError, UsageError
 from streammerge.core.options import DEFAULT_MEMORY, Options
 from streammerge.core.text import parse_size, size_text
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.error(error)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has had enough
+        io.redirect_to_nothing(sys.stdout.fileno())  # a reader such as `head` has had enough
         return 0
     except Exception:
         output.bug(traceback.format_exc())

@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,12 @@ def size_of(path: str | os.PathLike[str]) -> int:
     """Bytes of a file."""
     with _reading(path, "stat"):
         return os.stat(path).st_size
+
+
+def list_dir(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the entries of a directory, sorted."""
+    with _reading(path, "list"):
+        return sorted(os.listdir(path))
 
 
 def list_tree(root: str | os.PathLike[str]) -> list[str]:
@@ -296,6 +303,19 @@ def remove_dir_if_empty(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
             raise WriteError(str(path), "remove", error.strerror or str(error)) from error
+
+
+def temporary_dir(prefix: str) -> str:
+    """A new directory of this user's own below the system's directory for temporary files."""
+    with _writing(prefix, "create a temporary directory"):
+        return tempfile.mkdtemp(prefix=prefix)
+
+
+def redirect_to_nothing(fd: int) -> None:
+    """Let further writes to a descriptor disappear: its reader has gone away."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, fd)
+    os.close(null)
 
 
 def free_space(path: str | os.PathLike[str]) -> int:

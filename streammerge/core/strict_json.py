@@ -67,7 +67,7 @@ def loads(data: bytes | memoryview, path: str, *, nan_ok: bool = False) -> dict[
     if not isinstance(value, dict):
         raise refuse("not a JSON object at the top")
     if _SURROGATE.search(text) and not _encodable(value):
-        raise refuse("a string holds half of a surrogate pair")
+        raise refuse("a string holds a lone surrogate")
     return value
 
 

@@ -60,9 +60,7 @@ class Ties:
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
-        edits: tuple[Edit, ...] | None = self.architecture.untie(self.config)
-        if edits is None:
-            raise self._cannot_untie(*parted[0])
+        edits = self._untie(self.architecture, *parted[0])
         # The flag is one for all ties of the class: with it gone, every side must be on disk.
         copies = {other: physical for physical, other in pairs if other not in self.base}
         notes = tuple(
@@ -126,13 +124,14 @@ class Ties:
                 drafts[other] = Draft(ours.replacement, ours.replaced_by, moved)
         return {}
 
-    def _cannot_untie(self, physical: str, other: str) -> NotMergeableError:
-        name = self.architecture.name if self.architecture else ""
-        reason = (
-            f"the adapter changes one side of the tie between `{physical}` and `{other}`, and {name} cannot be untied "
-            "by its config without changing what it computes: no checkpoint can say what the adapter means"
-        )
-        return NotMergeableError((physical, other), reason)
+    def _untie(self, architecture: Architecture, physical: str, other: str) -> tuple[Edit, ...]:
+        """The edits that untie the class, or a refusal that says what the adapter asked for."""
+        try:
+            return tuple(architecture.untie(self.config))
+        except NotMergeableError as error:
+            reason = f"the adapter changes one side of the tie between `{physical}` and `{other}`, but {error.reason}"
+            advice = "no checkpoint can say what this adapter means"
+            raise NotMergeableError((physical, other), reason, advice) from None
 
     def _refuse_unknown(self, drafts: Mapping[str, Draft]) -> None:
         """A tie that is claimed by the config of an unknown class may concern any embedding the adapter changes."""

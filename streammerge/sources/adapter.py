@@ -67,13 +67,14 @@ def open_adapter(text: str, mode: str = "auto", *, quiet: bool = True) -> Adapte
 
 
 def _facts(root: Path, identity: str) -> AdapterFacts:
-    siblings = tuple(sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))) if root.is_dir() else ()
-    if not (root / CONFIG).exists():
+    folders = io.list_dir(root) if io.is_dir(root) else []
+    siblings = tuple(name for name in folders if io.exists(root / name / CONFIG))
+    if not io.exists(root / CONFIG):
         raise _no_adapter(root, siblings)
     config_bytes = io.read_file(root / CONFIG, strict_json.MAX_BYTES)
     # NaN and Infinity pass here: PEFT reads them, and the check of the config refuses them by field.
     config = strict_json.loads(config_bytes, str(root / CONFIG), nan_ok=True)
-    file = next((name for name in (WEIGHTS, TORCH_BIN) if (root / name).exists()), None)
+    file = next((name for name in (WEIGHTS, TORCH_BIN) if io.exists(root / name)), None)
     if file is None:
         raise InputMissingError(str(root), f"has an `{CONFIG}` and neither `{WEIGHTS}` nor `{TORCH_BIN}`")
     tensors = _read_tensors(root / file, file)
@@ -106,12 +107,12 @@ def _agree_with_library(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _no_adapter(root: Path, siblings: tuple[str, ...]) -> InputMissingError:
-    if not root.exists():
+    if not io.exists(root):
         return InputMissingError(str(root))
     if siblings:
         listed = f"has no adapter at its root; its subfolders with one: {', '.join(siblings)}"
         return InputMissingError(str(root), listed, f"name one of them: `{root}:{siblings[0]}`")
-    if (root / "config.json").exists():
+    if io.exists(root / "config.json"):
         return InputMissingError(
             str(root), f"has no `{CONFIG}`: it looks like a checkpoint", "the order is BASE, then ADAPTER"
         )

@@ -6,7 +6,6 @@ files belong to the checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +82,13 @@ def open_checkpoint(text: str, mode: str = "auto", *, quiet: bool = True) -> Che
 
 def read_facts(path: Path, identity: str) -> CheckpointFacts:
     """The facts of a local directory or file."""
-    if path.is_dir():
+    if io.is_dir(path):
         index, files = _weight_files(path)
         return _facts(path, identity, index, files, lone=False)
     if path.suffix != ".safetensors":
         raise InputMissingError(str(path), "is neither a directory nor a `.safetensors` file")
     root = path.parent
-    if not (root / "config.json").exists():
+    if not io.exists(root / "config.json"):
         return _facts(root, identity, None, [path.name], lone=True)
     index, files = _weight_files(root)
     if files != [path.name]:
@@ -103,7 +102,7 @@ def _facts(root: Path, identity: str, index: WeightIndex | None, files: list[str
         name = SAFETENSORS_INDEX if files[0].endswith(".safetensors") else TORCH_BIN_INDEX
         check_index(index, {shard.file: shard.tensors for shard in shards}, str(root / name))
     config_bytes = b""
-    if not lone and (root / "config.json").exists():
+    if not lone and io.exists(root / "config.json"):
         config_bytes = io.read_file(root / "config.json", strict_json.MAX_BYTES)
     config = strict_json.loads(config_bytes, str(root / "config.json")) if config_bytes else None
     return CheckpointFacts(root, identity, shards, index, config, config_bytes, lone)
@@ -111,7 +110,7 @@ def _facts(root: Path, identity: str, index: WeightIndex | None, files: list[str
 
 def _read_shard(root: Path, file: str) -> Shard:
     path = root / file
-    if not path.exists():
+    if not io.exists(path):
         raise InputMissingError(
             str(path),
             "is named by the index and is not there",
@@ -122,13 +121,13 @@ def _read_shard(root: Path, file: str) -> Shard:
         header = read_header(path, file)
         end = max((info.start + info.nbytes for info in header.tensors), default=header.data_start)
         return Shard(file, end, header.tensors, header)
-    return Shard(file, os.stat(path).st_size, read_torch_bin(path, file), None)
+    return Shard(file, io.size_of(path), read_torch_bin(path, file), None)
 
 
 def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
     """The index, if there is one, and the weight files of a directory."""
     for single, listing in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH_BIN, TORCH_BIN_INDEX)):
-        has_single, has_index = (root / single).exists(), (root / listing).exists()
+        has_single, has_index = io.exists(root / single), io.exists(root / listing)
         if has_index:
             index = parse_index(io.read_file(root / listing, strict_json.MAX_BYTES), str(root / listing))
             files = list(dict.fromkeys(sorted(index.weight_map.values())))
@@ -141,14 +140,14 @@ def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
             return index, files
         if has_single:
             return None, [single]
-    lone = sorted(entry.name for entry in root.glob("*.safetensors"))
+    lone = [name for name in io.list_dir(root) if name.endswith(".safetensors")] if io.is_dir(root) else []
     if len(lone) == 1 and not lone[0].startswith("adapter_"):
         return None, lone
     raise InputMissingError(
         str(root),
         "holds no weights: no `model.safetensors`, no `pytorch_model.bin`, no index of either",
         "is this an adapter? The base comes first: `streammerge run BASE ADAPTER -o OUT`"
-        if (root / "adapter_config.json").exists()
+        if io.exists(root / "adapter_config.json")
         else "",
     )
 

@@ -146,7 +146,7 @@ def _cached(
 
 
 def _absent(root: Path, names: Sequence[str]) -> list[str]:
-    return [name for name in names if not (root / name).exists()]
+    return [name for name in names if not io.exists(root / name)]
 
 
 def _remembered(repo: str, commit: str) -> list[str]:

@@ -202,10 +202,10 @@ def test_a_snapshot_reaches_no_other_file_of_the_cache(snapshot, target):
 
 
 def test_a_directory_that_only_looks_like_a_cache_gets_no_way_out(tmp_path):
-    root = tmp_path / "models--org--name" / "weights"
+    root = tmp_path / "models--org--name" / "weights" / "v1"
     write(tmp_path, {"models--org--name/blobs/e1": "x"})
-    root.mkdir()
-    (root / "README.md").symlink_to("../blobs/e1")
+    root.mkdir(parents=True)
+    (root / "README.md").symlink_to("../../blobs/e1")
     with pytest.raises(UnsafeInputError):
         plan_sidecars(str(root), WEIGHTS, [], None)
 
