@@ -100,9 +100,12 @@ def config_rule(config_class: type) -> dict[str, Any]:
 
 
 def _matters(config_class: type, name: str, sub: dict[str, Any]) -> bool:
-    """Whether the flag of the sub-config `name` changes the flag of the whole."""
-    on, off = (_flag(config_class, {name: {**sub, FLAG: value}}) for value in (True, False))
-    return None not in (on, off) and on != off
+    """Whether the flag of the sub-config `name` changes the flag of the whole, said outside or not."""
+    for outside in ({}, {FLAG: False}):
+        on, off = (_flag(config_class, {**outside, name: {**sub, FLAG: value}}) for value in (True, False))
+        if None not in (on, off) and on != off:
+            return True
+    return False
 
 
 def _flag(config_class: type, fields: dict[str, Any]) -> bool | None:

@@ -115,7 +115,7 @@ def _prepare(
     check_device(options.device)
     checkpoint: Checkpoint = open_checkpoint(str(base), options.read)
     opened: list[Adapter] = [open_adapter(text, options.read) for text in texts]
-    return Inputs(checkpoint, opened, str(base), texts), build_plan(checkpoint, opened, factors, options)
+    return Inputs(checkpoint, opened), build_plan(checkpoint, opened, factors, options)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

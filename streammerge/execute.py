@@ -22,10 +22,10 @@ from streammerge.core.digests import block_count, block_digest, block_range
 from streammerge.core.errors import NoSpaceError
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report, StatsCollector, WrittenFile, document_of
-from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory
+from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
 from streammerge.sinks.shards import ShardFile, copy_file
 from streammerge.sources.adapter import Adapter
-from streammerge.sources.checkpoint import Checkpoint
+from streammerge.sources.checkpoint import LOCAL, Checkpoint
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 """Stretches of each base file whose bytes go into the fingerprint."""
@@ -56,12 +56,10 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a plan is carried out on, and where it came from, for a later `verify`."""
+    """What a plan is carried out on."""
 
     checkpoint: Checkpoint
     adapters: Sequence[Adapter]
-    base_text: str
-    adapter_texts: Sequence[str]
 
 
 def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint) -> str:
@@ -89,7 +87,7 @@ def execute(
     directory.refuse_inside([inputs.checkpoint.facts.root, *(adapter.facts.root for adapter in inputs.adapters)])
     fingerprint = fingerprint_of(plan, inputs.checkpoint)
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
-    if directory.state().name != "FINISHED":
+    if directory.state() is not State.FINISHED:
         check_space(plan, output)
     if not directory.claim(plan.digest(), fingerprint, files, overwrite=overwrite):
         document = strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
@@ -163,7 +161,10 @@ class _Run:
             spans = [block_range(n, len(data)) for n in range(block_count(len(data)))]
             sidecars[name] = WrittenFile(len(data), tuple(block_digest([data[a:b]]) for a, b in spans))
         document = document_of(plan, fingerprint, self.stats, files, sidecars)
-        origin = {"base": self.inputs.base_text, "adapters": list(self.inputs.adapter_texts)}
+        origin = {
+            "base": _where(self.inputs.checkpoint.facts.origin, self.inputs.checkpoint.facts.identity),
+            "adapters": [_where(item.facts.root, item.facts.identity) for item in self.inputs.adapters],
+        }
         late |= {INPUTS: strict_json.dumps(origin), MARKER: strict_json.dumps(document)}
         directory.publish([*files, *(sidecar.name for sidecar in plan.sidecars)], late)
         return document
@@ -172,6 +173,11 @@ class _Run:
         """Close what is open."""
         for file in self.files:
             file.close()
+
+
+def _where(path: Path, identity: str) -> str:
+    """Where a later `verify` finds an input: the commit on the Hub, or the absolute path."""
+    return identity if identity != LOCAL else str(path.absolute())
 
 
 def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, stop: threading.Event) -> None:

@@ -16,6 +16,7 @@ from streammerge.cli.show import plan_text, status_text
 from streammerge.core import io
 from streammerge.core.errors import OutputExistsError
 from streammerge.progress import Bar
+from streammerge.sources.checkpoint import LOCAL, read_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,6 +132,4 @@ def _write(path: Path, value: object) -> None:
 
 
 def _count(base: Path) -> int:
-    from streammerge.sources.checkpoint import read_facts
-
-    return len(read_facts(base, "local").tensors)
+    return len(read_facts(base, LOCAL).tensors)

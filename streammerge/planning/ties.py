@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streammerge.core.errors import NotMergeableError
+from streammerge.core.errors import ConfigContradictionError, NotMergeableError
 from streammerge.core.tensors import Operation, TensorInfo
 from streammerge.names.architectures import Architecture
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft
@@ -60,6 +60,7 @@ class Ties:
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
+        self._refuse_untied(parted, drafts)
         edits = self._untie(self.architecture, *parted[0])
         # The flag is one for all ties of the class: with it gone, every side must be on disk.
         copies = {other: physical for physical, other in pairs if other not in self.base}
@@ -123,6 +124,18 @@ class Ties:
                 moved = [replace(op, place=replace(op.place, tensor=other)) for op in ours.operations]
                 drafts[other] = Draft(ours.replacement, ours.replaced_by, moved)
         return {}
+
+    def _refuse_untied(self, parted: Sequence[tuple[str, str]], drafts: Mapping[str, Draft]) -> None:
+        """An adapter that was trained with both sides tied and holds two different ones was damaged on its way."""
+        ensured = any(adapter.facts.config.get("ensure_weight_tying") for adapter in self.adapters)
+        both = [pair for pair in parted if all(drafts.get(name, Draft()).used() for name in pair)]
+        if ensured and both:
+            reason = (
+                f"the config says `ensure_weight_tying`, but the adapter's `{both[0][0]}` and `{both[0][1]}` differ"
+            )
+            raise ConfigContradictionError(
+                both[0], reason, "save the adapter again; PEFT would load one side over the other"
+            )
 
     def _untie(self, architecture: Architecture, physical: str, other: str) -> tuple[Edit, ...]:
         """The edits that untie the class, or a refusal that says what the adapter asked for."""

@@ -17,6 +17,7 @@ from streammerge.core.tensors import TensorInfo
 from streammerge.core.text import some_of
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_bin import read_torch_bin
+from streammerge.sources.checkpoint import LOCAL
 from streammerge.sources.files import TensorFiles
 from streammerge.sources.hub import fetch_adapter
 from streammerge.sources.locate import parse_adapter
@@ -60,7 +61,7 @@ def open_adapter(text: str, mode: str = "auto", *, quiet: bool = True) -> Adapte
         fetched = fetch_adapter(location, quiet=quiet)
         root, identity = fetched.path, fetched.identity
     else:
-        root, identity = Path(location.path), "local"
+        root, identity = Path(location.path), LOCAL
     if location.subfolder:
         root = root / location.subfolder
     return Adapter(_facts(root, identity), mode)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.core import io, strict_json
-from streammerge.core.errors import InputMissingError, MalformedInputError, UnsafeInputError
+from streammerge.core.errors import InputMissingError, MalformedInputError
 from streammerge.core.tensors import TensorInfo
 from streammerge.formats.index import WeightIndex, check_index, parse_index
 from streammerge.formats.safetensors import Header, read_header
@@ -21,6 +21,8 @@ from streammerge.sources.files import TensorFiles
 from streammerge.sources.hub import fetch_base
 from streammerge.sources.locate import parse_base
 
+LOCAL = "local"
+"""The identity of inputs that are no commit on the Hub; their paths stay out of reports."""
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_BIN, TORCH_BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -40,6 +42,8 @@ class CheckpointFacts:
     """Everything about a checkpoint that is known without reading a weight."""
 
     root: Path
+    origin: Path
+    """What the user named: the directory, or a file in it."""
     identity: str
     shards: tuple[Shard, ...]
     index: WeightIndex | None
@@ -70,14 +74,14 @@ class Checkpoint:
 def open_checkpoint(text: str, mode: str = "auto", *, quiet: bool = True) -> Checkpoint:
     """The base that `text` names: a directory, one `.safetensors` file, or a Hub id.
 
-    Raises InputMissingError, MalformedInputError, UnsafeInputError, InputReadError or HubError.
+    Raises InputMissingError, MalformedInputError, InputReadError or HubError.
     """
     location = parse_base(text)
     if location.path is None:
         fetched = fetch_base(location, quiet=quiet)
         return Checkpoint(read_facts(fetched.path, fetched.identity), mode)
     path = Path(location.path)
-    return Checkpoint(read_facts(path, "local"), mode)
+    return Checkpoint(read_facts(path, LOCAL), mode)
 
 
 def read_facts(path: Path, identity: str) -> CheckpointFacts:
@@ -105,7 +109,7 @@ def _facts(root: Path, identity: str, index: WeightIndex | None, files: list[str
     if not lone and io.exists(root / "config.json"):
         config_bytes = io.read_file(root / "config.json", strict_json.MAX_BYTES)
     config = strict_json.loads(config_bytes, str(root / "config.json")) if config_bytes else None
-    return CheckpointFacts(root, identity, shards, index, config, config_bytes, lone)
+    return CheckpointFacts(root, root / files[0] if lone else root, identity, shards, index, config, config_bytes, lone)
 
 
 def _read_shard(root: Path, file: str) -> Shard:
@@ -116,7 +120,7 @@ def _read_shard(root: Path, file: str) -> Shard:
             "is named by the index and is not there",
             "fetch the missing shard, or the whole checkpoint again",
         )
-    _refuse_outside(root, path)
+    io.resolve_inside(root, file)
     if file.endswith(".safetensors"):
         header = read_header(path, file)
         end = max((info.start + info.nbytes for info in header.tensors), default=header.data_start)
@@ -151,14 +155,3 @@ def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
         else "",
     )
 
-
-def _refuse_outside(root: Path, path: Path) -> None:
-    """A symlink may lead inside the checkpoint, or to the blobs of the same Hub cache repository, nowhere else."""
-    target, home = path.resolve(), root.resolve()
-    if target.is_relative_to(home):
-        return
-    repositories = [parent for parent in home.parents if parent.name.startswith("models--")]
-    if repositories and target.is_relative_to(repositories[0]):
-        return
-    if path.is_symlink():
-        raise UnsafeInputError(str(path), f"a link that leads out of the checkpoint, to `{target}`")

@@ -17,7 +17,7 @@ def sharded_base(mgm_base, tmp_path_factory):
     """The same weights as four safetensors files and an index, without the second name of the tied table."""
     root = tmp_path_factory.mktemp("mgm-sharded") / "base"
     root.mkdir()
-    tensors = torch.load(mgm_base / "pytorch_model.bin", weights_only=True)
+    tensors = base_tensors(mgm_base)
     assert tensors["lm_head.weight"].data_ptr() == tensors.pop("lm_head.weight").data_ptr()
     names = list(tensors)
     files = {f"model-{n:05}-of-00004.safetensors": names[n - 1 :: 4] for n in range(1, 5)}
@@ -28,6 +28,11 @@ def sharded_base(mgm_base, tmp_path_factory):
     (root / "model.safetensors.index.json").write_text(json.dumps(index))
     (root / "config.json").write_bytes((mgm_base / "config.json").read_bytes())
     return root
+
+
+def base_tensors(base):
+    """The base's tensors; they were saved on a GPU."""
+    return torch.load(base / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
 def logits(model):
@@ -44,7 +49,7 @@ def test_the_output_is_what_peft_merges(mgm_base, mgm_adapter, mgm_merged):
 
 
 def test_both_names_of_the_shared_table_are_written_with_the_bases_values(mgm_base, mgm_merged):
-    base, merged = torch.load(mgm_base / "pytorch_model.bin", weights_only=True), stored(mgm_merged)
+    base, merged = base_tensors(mgm_base), stored(mgm_merged)
     assert base["lm_head.weight"].data_ptr() == base["transformer.wte.weight"].data_ptr()
     for name in ("lm_head.weight", "transformer.wte.weight"):
         assert torch.equal(merged[name], base["transformer.wte.weight"])
@@ -52,7 +57,7 @@ def test_both_names_of_the_shared_table_are_written_with_the_bases_values(mgm_ba
 
 
 def test_exactly_the_32_adapted_tensors_are_changed(mgm_base, mgm_merged):
-    base, merged = torch.load(mgm_base / "pytorch_model.bin", weights_only=True), stored(mgm_merged)
+    base, merged = base_tensors(mgm_base), stored(mgm_merged)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert changed == {f"transformer.h.{layer}.{kind}.weight" for layer in range(8) for kind in kinds}
@@ -98,7 +103,7 @@ def test_inspect_resolves_every_module(mgm_base, mgm_adapter):
 
 def test_the_planned_norms_are_those_of_the_values_that_changed(mgm_base, mgm_adapter, mgm_merged):
     plan = streammerge_json("plan", mgm_base, mgm_adapter)
-    base, merged = torch.load(mgm_base / "pytorch_model.bin", weights_only=True), stored(mgm_merged)
+    base, merged = base_tensors(mgm_base), stored(mgm_merged)
     planned = {entry["name"]: entry["facts"][0]["norm"] for entry in plan["tensors"] if entry["operations"]}
     assert len(planned) == 32
     for name, norm in planned.items():
