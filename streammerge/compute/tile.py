@@ -6,6 +6,7 @@ float64, rounded to float32 and then to the output's dtype (to float64 in one st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,17 @@ def measure(weight: Tensor, value: Tensor, delta: Tensor | None, written: Tensor
 
     if delta is None:
         delta = value - weight
-    flat = delta.reshape(-1)
-    squared = float(torch.dot(flat, flat))
-    if not sample:
-        return TileStats(squared)
-    effective = written.to(torch.float64).sub_(weight).reshape(-1)
-    return TileStats(squared, squared, float(torch.dot(flat, effective)))
+    squared = _dot(delta, delta)
+    survived = _dot(delta, written.to(torch.float64).sub_(weight)) if sample else 0.0
+    known = torch.isfinite(weight) if not math.isfinite(squared + survived) else None
+    if known is not None and not bool(known.all()):
+        # W itself is not finite somewhere: such an element says nothing of the delta.
+        weight, delta, written = (torch.where(known, part, 0.0) for part in (weight, delta, written))
+        return measure(weight, value, delta, written, sample=sample)
+    return TileStats(squared, squared, survived) if sample else TileStats(squared)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    import torch
+
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))

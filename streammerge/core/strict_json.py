@@ -19,6 +19,8 @@ MAX_DEPTH = 64
 MAX_DIGITS = 40
 """Longer integers cost quadratic time to convert, and 2^64 has 20 digits."""
 
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_BRACKET = re.compile(r"[{}\[\]]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -85,25 +87,11 @@ def _encodable(value: Any) -> bool:
 
 
 def _check_depth(text: str, path: str) -> None:
-    """Refuse deep nesting before the parser recurses; brackets inside strings only make the check stricter by
-    what a name could hold, so they are counted only while their running depth stays plausible."""
+    """Refuse deep nesting before the parser recurses; brackets inside strings do not count."""
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return
-    depth, in_string, escaped = 0, False, False
-    for char in text if "\\" in text else _outside_strings(text):
-        if in_string:
-            in_string = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            in_string = True
-        elif char in "{[":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise MalformedInputError(path, f"nested deeper than {MAX_DEPTH} levels")
-        elif char in "}]":
-            depth -= 1
-
-
-def _outside_strings(text: str) -> str:
-    """`text` without its strings, for texts that hold no escapes: a hundred times faster than walking them."""
-    return "".join(text.split('"')[::2])
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub("", text)):
+        depth += 1 if bracket[0] in "{[" else -1
+        if depth > MAX_DEPTH:
+            raise MalformedInputError(path, f"nested deeper than {MAX_DEPTH} levels")

@@ -126,6 +126,8 @@ class _Module:
         """What this module does."""
         if self.parameter and len(self.info.shape) == 3 and len(self.a.shape) == 2:
             return self._experts()
+        if len(self.a.shape) == 2 == len(self.b.shape) and self.a.shape[0] != self.b.shape[1]:
+            raise self._mismatch()
         if len(self.a.shape) > 2:
             left, right, transposed = self._convolution()
         elif self.embedding:

@@ -1,0 +1,56 @@
+"""Fixtures of the oracle: the session's workbench, third parties' warnings, and the tally at the end."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny models lose by threads
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+
+from tests.oracle.workbench import Workbench
+
+THIRD_PARTY = [
+    # transformers 5 asks a renamed attribute of its own while PEFT sets up a model.
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning),
+]
+_TALLY: dict[str, bool] = {}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Warnings that PEFT and transformers give in the cases, each known; any other is still an error."""
+    with warnings.catch_warnings():
+        for message, category in THIRD_PARTY:
+            warnings.filterwarnings("ignore", message, category)
+        yield
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """Where files of all cases are made, each once."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    return Workbench(tmp_path_factory.mktemp("oracle"))
+
+
+@pytest.hookimpl
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note whether every test of a case passes."""
+    path, _, rest = report.nodeid.partition("::")
+    if path.startswith("tests/oracle/") and "[" in rest:
+        case = rest[rest.index("[") + 1 : -1].partition("@")[0]
+        _TALLY[case] = _TALLY.get(case, True) and not report.failed
+
+
+@pytest.hookimpl
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line: how many cases are equal."""
+    if _TALLY:
+        terminalreporter.write_line(f"{sum(_TALLY.values())}/{len(_TALLY)} LoRA oracle cases equal")
