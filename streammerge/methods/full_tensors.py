@@ -14,7 +14,6 @@ from streammerge.core.errors import (
     ConfigContradictionError,
     ShapeMismatchError,
     UnmatchedKey,
-    UnusedKeysError,
 )
 from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
 from streammerge.methods.lora_config import LoraConfig
@@ -24,7 +23,8 @@ from streammerge.names.resolve import Found, Missing, Wanted
 
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that PEFT adds to `modules_to_save` by itself (PEFT 0.21.2, `peft_model.py`)."""
-VALUE_HEADS = ("v_head", "value_head")
+VALUE_HEADS = frozenset({"v_head", "value_head"})
+"""Heads of reinforcement learning that no merged checkpoint has a place for (TRL: `v_head`)."""
 
 
 def resolve_full_tensors(parts: Parts, config: LoraConfig) -> list[Wanted]:
@@ -65,12 +65,6 @@ def _read_replacement(
     elif _is_new_head(part, config):
         contribution.replacements.append(FullReplacement(part.name, part, "new-head", True))
         contribution.notes.append(f"`{part.name}` is not in the base and is written as a new tensor")
-    elif set(part.key.module.split(".")) & set(VALUE_HEADS):
-        raise UnusedKeysError(
-            (part.key.key,),
-            "the adapter holds a value head, which no merged checkpoint has a place for",
-            "to merge without it: `--allow-unused '*v_head*'`",
-        )
     else:
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
         return

@@ -1,7 +1,7 @@
 """PiSSA and OLoRA adapters that were not converted: PEFT takes a low-rank part out of the base when it loads them.
 
 `W_r = round(W - P)` with P the top singular part (Meng et al. 2024, arXiv:2404.02948) or `scaling * Q_r @ R_r` of the
-QR decomposition (arXiv:2406.01775), both of the module's (out, in) weight in float32; the delta is then added to W_r.
+QR decomposition (arXiv:2406.01775), in float32; the delta is then added to W_r.
 P does not depend on the signs a LAPACK chooses, but its last bits do depend on the library: best effort to one ulp.
 """
 
@@ -48,17 +48,17 @@ class Principal(AbsoluteFormula):
         import torch
 
         rank = int(operation.numbers["rank"])
-        weight_OI = weight.to(torch.float32)
-        if operation.place.transposed:
-            weight_OI = weight_OI.T
-        if self.decomposition == "svd":
+        stored_RC = weight.to(torch.float32)
+        if self.decomposition == "qr":
+            # PEFT decomposes the stored matrix for OLoRA, (in, out) for a Conv1D, which it can load only if square.
+            q, r = torch.linalg.qr(stored_RC)
+            parts = q[:, :rank] * operation.numbers["scaling"], r[:rank]
+        else:
+            weight_OI = stored_RC.T if operation.place.transposed else stored_RC
             u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
             root = s[:rank].sqrt()
             left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
-        else:
-            q, r = torch.linalg.qr(weight_OI)
-            left, right = q[:, :rank] * operation.numbers["scaling"], r[:rank]
-        parts = (right.T, left.T) if operation.place.transposed else (left, right)
+            parts = (right.T, left.T) if operation.place.transposed else (left, right)
         return tuple(part.to(torch.float64).contiguous() for part in parts)
 
     def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from streammerge.core.errors import NoEffectError, UnmatchedKey, UnmatchedKeysError, UnusedKeysError
 from streammerge.core.tensors import OutputTensor, Replacement
+from streammerge.methods.full_tensors import VALUE_HEADS
 from streammerge.methods.reading import Contribution
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
@@ -19,12 +20,16 @@ ALLOWED = "allowed to be left over by --allow-unused"
 
 
 def let_go(contribution: Contribution, adapter: Adapter, allowed: Collection[str]) -> dict[str, str]:
-    """Unmatched keys that the user allows, by rule. Raises UnmatchedKeysError for the others, all of them."""
+    """Unmatched keys that the user allows, by rule. Raises UnmatchedKeysError for the others, all of them, or
+    UnusedKeysError where they are a value head."""
     gone = [item for item in contribution.unmatched if any(fnmatchcase(item.key, glob) for glob in allowed)]
     left = [item for item in contribution.unmatched if item not in gone]
-    total = len(adapter.facts.tensors)
+    heads = tuple(item.key for item in left if VALUE_HEADS & set(item.key.split(".")))
+    if left and len(heads) == len(left):
+        reason = "the adapter holds a value head, which no merged checkpoint has a place for"
+        raise UnusedKeysError(heads, reason, "to merge without it: `--allow-unused '*v_head*'`")
     if left:
-        raise _unmatched(left, total, contribution)
+        raise _unmatched(left, len(adapter.facts.tensors), contribution)
     return {item.key: ALLOWED for item in gone}
 
 

@@ -176,9 +176,21 @@ def _tensor_data(tensor: OutputTensor, facts: tuple[OperationFacts, ...]) -> dic
         "source": {"stored": source.name}
         if isinstance(source, Stored)
         else {"adapter": source.adapter, "key": source.key},
-        "operations": [asdict(operation) for operation in tensor.operations],
-        "facts": [asdict(fact) for fact in facts],
+        "operations": [_operation_data(operation) for operation in tensor.operations],
+        "facts": [_flat(fact) for fact in facts],
     }
+
+
+def _operation_data(operation: Operation) -> dict[str, Any]:
+    place = _flat(operation.place) | {"view": _flat(operation.place.view)}
+    factors = {name: _flat(view) for name, view in operation.factors.items()}
+    return _flat(operation) | {"place": place, "factors": factors, "numbers": dict(operation.numbers)}
+
+
+def _flat(value: Any) -> dict[str, Any]:
+    """The fields of a slotted dataclass, one level deep: `asdict` copies deeply, which experts by the ten thousand
+    would feel."""
+    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def _tensor_of(data: Mapping[str, Any]) -> tuple[OutputTensor, tuple[OperationFacts, ...]]:

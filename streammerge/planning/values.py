@@ -94,6 +94,9 @@ def _gram(wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:
     for start in range(0, length, step):
         piece = np.asarray(factor_array(wide.t, adapters, (start, min(start + step, length))), np.float64)
         total += piece.T @ piece
+    adapter = adapters[wide.adapter]
+    info = adapter.facts.tensors[wide.key]
+    adapter.files.give_back(info, 0, info.nbytes)
     return total
 
 

@@ -57,7 +57,7 @@ TRAVERSAL = [
     "m\x7f.safetensors", "m\x85.safetensors", "m\x1b[2J.safetensors", "m.safetensors.", "m.safetensors ", "...",
     "NUL", "nul.safetensors",
     "Con.safetensors", "aux.tar.safetensors", "COM1.safetensors", "lpt9.bin", "COM¹.safetensors", "CONOUT$.bin",
-    "prn .safetensors", "./model.safetensors", "a/../model.safetensors", "~/m.safetensors", "\ud800.safetensors",
+    "prn .safetensors", "./model.safetensors", "a/../model.safetensors", "~/m.safetensors",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """How close is equal: the measures of the oracle, in one place.
 
 Against PEFT in the dtype of the base: in float32 an error of 2e-6 of the tensor's largest weight; in bfloat16 at most
-one element in a thousand differs, by one ulp. Against the float64 result: the rounding nearest to it.
+one element in a thousand differs, by one ulp; where weight and delta cancel, an ulp of what is left is less than the
+error of PEFT's float32 arithmetic, which then counts. Against the float64 result: the rounding nearest to it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def assert_parity(ours: Tensors, theirs: Tensors, skip: tuple[str, ...]) -> None
             assert error <= FLOAT32_ERROR * expected.abs().max(), f"{name}: off by {error:.3g}"
             continue
         apart = ulps_apart(got, expected)
-        assert int(apart.max()) <= 1, f"{name}: {int(apart.max())} ulp apart in {int((apart > 1).sum())} elements"
+        far = (apart > 1) & ((got.float() - expected.float()).abs() > FLOAT32_ERROR * expected.float().abs().max())
+        assert not bool(far.any()), f"{name}: up to {int(apart[far].max())} ulp apart in {int(far.sum())} elements"
         differing, total = differing + int(apart.sum()), total + apart.numel()
     assert differing <= DIFFERING * total, f"{differing} of {total} elements differ from PEFT's"
 
