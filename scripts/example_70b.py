@@ -1,7 +1,7 @@
 """Makes the files README's walk-through plans with: a base with the shapes of Llama 3 70B and a LoRA adapter for it.
 
-The base's 30 shards are sparse: 141 GB by name and header, a few MB on disk, all weights zero. The adapter is real: rank
-16 on all seven linears of each layer, its values a fixed pattern, so that plans of it are the same on every machine.
+The base has 30 sparse shards: 141 GB by name and header, 188 kB on disk, all weights zero. The adapter is real: rank 16
+on all seven linears of each layer, its values a fixed pattern, so that plans of it are the same on every machine.
 Run: python scripts/example_70b.py DIR
 """
 

@@ -97,7 +97,7 @@ def verify(
     texts, missing = _inputs_of(path, base, adapters)
     if texts is None:
         if full or sample is not None:
-            raise InputMissingError(str(path), missing, "give `--base` and `--adapter`")
+            raise InputMissingError(str(path), f"cannot be derived again: {missing}", "give `--base` and `--adapter`")
         notes = (f"{missing}: digests were checked, nothing was derived again",)
         return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes)
     chosen = Options.of({**document["options"], **options})

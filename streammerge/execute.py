@@ -6,6 +6,7 @@ bytes from the producer; a signal or an error stops all of them at the next piec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 from streammerge.compute.produce import Producer, shard_bytes
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import NoSpaceError
+from streammerge.core.errors import NoSpaceError, StreamMergeError
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report, StatsCollector, WrittenFile, document_of
 from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
@@ -99,7 +100,9 @@ def execute(
             document = run.publish(written, fingerprint)
     except BaseException:
         run.close()
-        directory.abandon()
+        with contextlib.suppress(StreamMergeError):
+            # What cannot be removed now stays behind as an unfinished run, which the next one removes.
+            directory.abandon()
         raise
     return Report(output, document, "done", time.monotonic() - began, notes=plan.notes)
 

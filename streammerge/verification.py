@@ -34,7 +34,7 @@ from streammerge.formats.safetensors import read_header
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report, own_digest
-from streammerge.sinks.directory import INPUTS, MARKER
+from streammerge.sinks.directory import INPUTS, MARKER, STAGING
 
 DEFAULT_SAMPLE = 0.05
 """Share of the blocks that is derived again unless the caller says otherwise."""
@@ -57,8 +57,11 @@ def read_marker(output: Path) -> dict[str, Any]:
     not what was written."""
     path = output / MARKER
     if not io.exists(path):
+        if not io.exists(output):
+            raise UnfinishedOutputError(f"`{output}` does not exist: there is nothing to verify")
         reason = f"`{output}` holds no `{MARKER}`: it is not a finished output of streammerge"
-        raise UnfinishedOutputError(reason, "finish it with the command that began it")
+        begun = io.exists(output / STAGING)
+        raise UnfinishedOutputError(reason, "finish it with the command that began it" if begun else "")
     try:
         document = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
         intact = document.get("digest") == own_digest(document)

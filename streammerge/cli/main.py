@@ -6,6 +6,8 @@ Nothing heavy is imported before a command needs it, so that help and usage erro
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ EPILOG = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     output = Output(json=getattr(arguments, "json", False), quiet=arguments.quiet, verbose=arguments.verbose)
     try:
         with interruptible():
@@ -60,7 +62,20 @@ def _command(name: str) -> Callable[[argparse.Namespace, Output], None]:
     return table[name]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments. What no command knows ends the process with exit code 2, as argparse does."""
+    parser, commands = parsers()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands[arguments.command]
+        flags = re.findall(r"--[a-z][a-z-]+", command.format_usage())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        command.error(f"unrecognized argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return arguments
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and that of each command by name."""
     parser = argparse.ArgumentParser(
         prog="streammerge",
         description="Merge PEFT adapters into checkpoints: streaming, right or refused.",
@@ -80,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         adders[name](command)
         command.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes")
         command.add_argument("-v", "--verbose", action="store_true", help="more detail")
-    return parser
+    return parser, subparsers.choices
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -15,13 +15,14 @@ from streammerge.core.text import printable
 REPORT_TO = "this is a bug of streammerge: please report it with the text above and the command"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """How one command speaks."""
+    """How one command speaks. With `--json` a command prints one document, or lines, never both."""
 
     json: bool
     quiet: bool
     verbose: bool
+    documented: bool = False
 
     def result(self, text: str) -> None:
         """A result for people: a path, a table, a sentence."""
@@ -32,6 +33,7 @@ class Output:
         """The one JSON document of a command, with `--json`."""
         if self.json:
             print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+            self.documented = True
 
     def line(self, kind: str, value: Mapping[str, Any]) -> None:
         """One line of a JSON stream, with `--json`."""
@@ -56,7 +58,7 @@ class Output:
             print(f"  {line}", file=sys.stderr)
         if error.hint():
             print(f"\nhint: {error.hint()}", file=sys.stderr)
-        if self.json:
+        if self.json and not self.documented:
             print(json.dumps({"type": "error"} | error.data(), ensure_ascii=False, default=str), flush=True)
 
     def bug(self, trace: str) -> None:

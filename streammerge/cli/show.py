@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from streammerge.cli.output import table
 from streammerge.core import io
+from streammerge.core.errors import UnmatchedKeysError
 from streammerge.core.tensors import OutputTensor, Replacement
 from streammerge.core.text import count_text, printable, size_text
 from streammerge.inspection import AdapterStatus, ModuleStatus
@@ -60,7 +61,16 @@ def status_text(status: AdapterStatus, *, verbose: bool) -> str:
     siblings = (
         [f"other adapters in subfolders: {', '.join(map(printable, status.siblings))}"] if status.siblings else []
     )
-    return "\n".join([head, *siblings, "", text, *([f"... {more} more, all of them with -v"] if more else [])])
+    cut = [f"... {more} more, all of them with -v"] if more else []
+    return "\n".join([head, *siblings, "", text, *cut, *_without_target(status)])
+
+
+def _without_target(status: AdapterStatus) -> list[str]:
+    """Every adapter key that the base has no tensor for; the error that follows shows the first few."""
+    if not isinstance(status.refusal, UnmatchedKeysError):
+        return []
+    keys = [printable(item.key) for item in status.refusal.unmatched]
+    return ["", "keys without a tensor in the base:", *(f"  {key}" for key in keys)]
 
 
 def _module_row(module: ModuleStatus, resolved: bool) -> list[str]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Key = tuple[FactorView, tuple[int, int], tuple[int, int]]
+MAPPED = 4 * 2**20
+"""Bytes that are read through the mapping of an adapter before its pages are given back."""
 
 
 class FactorReader:
@@ -24,10 +26,13 @@ class FactorReader:
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
         self._kept: dict[Key, Tensor] = {}
+        self._touched: set[tuple[int, str]] = set()
+        self._mapped = 0
 
     def forget(self) -> None:
         """Let go of everything kept; called when a worker turns to another matrix."""
         self._kept.clear()
+        self._give_back()
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """Rows and columns of a matrix factor, float64."""
@@ -59,4 +64,17 @@ class FactorReader:
         flat = torch.frombuffer(data, dtype=torch_dtype(info.dtype))
         values = torch.empty(shape, dtype=torch.float64)
         values.copy_(flat.as_strided(shape, strides))
+        self._touched.add((view.adapter, view.key))
+        self._mapped += values.numel() * width
+        if self._mapped > MAPPED:
+            self._give_back()
         return values
+
+    def _give_back(self) -> None:
+        """Let go of the pages that were read: the values are copies."""
+        for number, key in self._touched:
+            adapter = self._adapters[number]
+            info = adapter.facts.tensors[key]
+            adapter.files.give_back(info, 0, info.nbytes)
+        self._touched.clear()
+        self._mapped = 0

@@ -21,6 +21,7 @@ code comes with the row. Fields hold raw data; `summary`, `details` and `hint` e
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any, ClassVar
 
 from streammerge.core.text import SHOWN, printable, size_text
@@ -211,10 +212,10 @@ class UnmatchedKeysError(AdapterError, KeyError):
 
     def details(self) -> tuple[str, ...]:
         lines: list[str] = []
-        for entry in self.unmatched[:SHOWN]:
-            lines.append(printable(entry.key))
-            lines += [f"  tried    {printable(name)}" for name in entry.tried]
-            lines += [f"  nearest  {printable(name)}" for name in entry.nearest]
+        for (tried, near), entries in groupby(self.unmatched[:SHOWN], key=lambda entry: (entry.tried, entry.nearest)):
+            lines += [printable(entry.key) for entry in entries]
+            lines += [f"  tried    {printable(name)}" for name in tried]
+            lines += [f"  nearest  {printable(name)}" for name in near]
         more = len(self.unmatched) - SHOWN
         return (
             (*lines, f"... {more:,} more, all of them with `streammerge inspect ADAPTER --base BASE`")
@@ -347,7 +348,7 @@ class WriteError(StreamMergeError, OSError):
     """An operation on the output failed."""
 
     exit_code: ClassVar[int] = 7
-    meaning: ClassVar[str] = "I/O failed while writing, or there is not the space to start; the run can be resumed"
+    meaning: ClassVar[str] = "I/O failed while writing, or there is not the space to start; run the same command again"
     path: str = ""
     operation: str = "write"
     reason: str = ""
@@ -375,7 +376,7 @@ class NoSpaceError(WriteError):
 class Interrupted(StreamMergeError):
     """Stopped by a signal between two tiles."""
 
-    meaning: ClassVar[str] = "stopped by a signal; the run can be resumed"
+    meaning: ClassVar[str] = "stopped by a signal; run the same command again"
     signum: int = 0
 
     @property

@@ -22,6 +22,8 @@ from typing import BinaryIO
 from streammerge.core.errors import InputMissingError, InputReadError, StreamMergeError, UnsafeInputError, WriteError
 
 PAGE = mmap.PAGESIZE
+FAULT_AROUND = 2**16
+"""Bytes that Linux maps at once, aligned, when one page of a file is touched (fault_around_bytes)."""
 NETWORK_FILE_SYSTEMS = frozenset(
     {0x6969, 0xFF534D42, 0x517B, 0xFE534D42, 0x0BD00BD0, 0x47504653, 0x65735546, 0x19830326, 0x01021997, 0x00C36400}
 )
@@ -125,10 +127,14 @@ def map_input(fd: int, path: str, size: int) -> mmap.mmap:
 
 
 def give_back(mapping: mmap.mmap, start: int, end: int) -> None:
-    """Drop the pages of [start, end) from this process: they stay in the page cache, not in our memory."""
-    first = start // PAGE * PAGE
-    if end > first:
-        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+    """Drop the pages of [start, end) from this process: they stay in the page cache, not in our memory.
+
+    The page that holds `end` is kept: who reads on from there would fault it in again, and with it the pages around it
+    that are gone. For the same reason the drop begins where the kernel's window around `start` does.
+    """
+    first, last = start // FAULT_AROUND * FAULT_AROUND, end // PAGE * PAGE
+    if last > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def close(fd: int) -> None:
@@ -303,6 +309,12 @@ def remove_dir_if_empty(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
             raise WriteError(str(path), "remove", error.strerror or str(error)) from error
+
+
+def remove_empty_dirs(path: str | os.PathLike[str]) -> None:
+    """Remove a directory and those below it, as far as there is nothing else in them."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        remove_dir_if_empty(folder)
 
 
 def temporary_dir(prefix: str) -> str:

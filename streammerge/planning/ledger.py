@@ -74,9 +74,7 @@ def check_effect(
     if all(fact.zero for output in changed for fact in facts[output.name]) and not any(
         isinstance(o.source, Replacement) for o in changed
     ):
-        reason = "every weight is 0" if not any(weights) else "every delta is zero"
-        raise NoEffectError(
-            (),
-            f"the adapter changes nothing: {reason}",
-            "an untrained adapter has B = 0; was the right checkpoint saved?",
-        )
+        if not any(weights):
+            raise NoEffectError((), "the adapter changes nothing: every weight is 0")
+        reason = "the adapter changes nothing: every delta is zero"
+        raise NoEffectError((), reason, "an untrained adapter has B = 0; was the right checkpoint saved?")

@@ -74,11 +74,21 @@ class Ties:
         names = [self._spelling(name, drafts) for name in (source, target)]
         present = [name for name in names if name in self.base]
         if not present:
+            self._refuse_elsewhere(target, source, drafts)
             return None
         if len(present) == 2 and not self.same_stored(self.base[names[0]], self.base[names[1]]):
             return None  # loaders do not tie two stored tensors that differ
         physical = present[0]
         return physical, names[1] if physical == names[0] else names[0]
+
+    def _refuse_elsewhere(self, target: str, source: str, drafts: Mapping[str, Draft]) -> None:
+        """A tie declared under names that this checkpoint does not store may still bind what the adapter changes."""
+        ends = tuple(f".{'.'.join(name.split('.')[-2:])}" for name in (source, target))
+        touched = [name for name in drafts if f".{name}".endswith(ends)]
+        if touched:
+            reason = f"the adapter changes `{touched[0]}`, which may be the stored name of `{source}`, tied to `{target}`"
+            advice = "checkpoints whose stored names differ from the model's are not supported yet for tied embeddings"
+            raise NotMergeableError(tuple(touched), reason, advice)
 
     def _spelling(self, name: str, drafts: Mapping[str, Draft]) -> str:
         prefix = self.architecture.base_prefix if self.architecture else ""

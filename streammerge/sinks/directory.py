@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.core import io, strict_json
-from streammerge.core.errors import MalformedInputError, OutputExistsError, StreamMergeError
+from streammerge.core.errors import InputMissingError, MalformedInputError, OutputExistsError, StreamMergeError
 from streammerge.core.text import some_of
 
 STAGING = ".streammerge"
@@ -49,10 +49,11 @@ class OutputDirectory:
             return State.EMPTY
         if io.exists(self.path / MARKER):
             return State.FINISHED
-        names = io.list_tree(self.path)
-        if not names:
-            return State.EMPTY
-        return State.UNFINISHED if f"{STAGING}/{RUN}" in names else State.FOREIGN
+        names = io.list_tree(self.path) if io.is_dir(self.path) else [self.path.name]
+        if f"{STAGING}/{RUN}" in names:
+            return State.UNFINISHED
+        # A run that was killed before it wrote down its plan leaves a temporary file in the staging area, at most.
+        return State.FOREIGN if any(not name.startswith(f"{STAGING}/") for name in names) else State.EMPTY
 
     def refuse_inside(self, inputs: Sequence[Path]) -> None:
         """Refuse an output that is an input, lies in one, or holds one: a loader or a later run would mix them up."""
@@ -74,6 +75,7 @@ class OutputDirectory:
         `files` is everything the run will write.
         """
         state = self.state()
+        before: list[str] = []
         if state is State.FINISHED:
             report = self._marker()
             if report.get("fingerprint") == fingerprint and not overwrite:
@@ -84,9 +86,7 @@ class OutputDirectory:
                     f"`{self.path}` holds the finished result of another merge",
                     f"it was {_difference(report, plan_digest)}; choose another `--output`, or give `--overwrite`",
                 )
-            self._remove(
-                [str(name) for name in report.get("files", ())] + [str(name) for name in report.get("sidecars", ())]
-            )
+            before = [*map(str, report.get("files", ())), *map(str, report.get("sidecars", ()))]
         elif state is State.UNFINISHED:
             run = self._run()
             if run.get("fingerprint") != fingerprint and not overwrite:
@@ -94,16 +94,25 @@ class OutputDirectory:
                     f"`{self.path}` holds an unfinished run of another merge",
                     "finish it with the command that began it, or replace it with `--overwrite`",
                 )
-            self._remove([str(name) for name in run.get("files", ())])
-        if self.state() is State.FOREIGN:
-            listed = some_of(io.list_tree(self.path), 3)
-            raise OutputExistsError(
-                f"`{self.path}` is not empty: it holds {listed}", "choose an `--output` that is empty or does not exist"
-            )
+            before = [*map(str, run.get("files", ()))]
+        self._refuse_foreign(before)
         io.make_dirs(self.staging)
-        run_file = {"fingerprint": fingerprint, "plan": plan_digest, "files": list(files)}
+        # Written down before anything is removed: whenever this is cut short, the next run knows what is ours.
+        run_file = {"fingerprint": fingerprint, "plan": plan_digest, "files": sorted({*before, *files})}
         self.put(RUN, strict_json.dumps(run_file), into=self.staging)
+        self._remove(before)
         return True
+
+    def _refuse_foreign(self, ours: Sequence[str]) -> None:
+        """Raise OutputExistsError, before anything is touched, if there is a file that no run of ours put there."""
+        hint = "choose an `--output` that is empty or does not exist"
+        if io.exists(self.path) and not io.is_dir(self.path):
+            raise OutputExistsError(f"the output `{self.path}` is not a directory", hint)
+        known = {*ours, *LATE, INPUTS} if ours else set()
+        there = io.list_tree(self.path) if io.exists(self.path) else []
+        foreign = [name for name in there if name not in known and not name.startswith(f"{STAGING}/")]
+        if foreign:
+            raise OutputExistsError(f"`{self.path}` is not empty: it holds {some_of(foreign, 3)}", hint)
 
     def put(self, name: str, data: bytes, *, into: Path | None = None) -> None:
         """Write a small file durably and rename it to `name`, in the staging area or in place."""
@@ -122,7 +131,7 @@ class OutputDirectory:
             if "/" in name:
                 io.make_dirs((self.path / name).parent)
             io.rename(self.staging / name, self.path / name)
-        for folder in sorted({str(PurePosixPath(name).parent) for name in staged}):
+        for folder in sorted({str(folder) for name in staged for folder in PurePosixPath(name).parents}):
             io.sync_dir(self.path / folder)
         for name in (*[name for name in late if name not in LATE], *LATE):
             if name in late:
@@ -130,7 +139,9 @@ class OutputDirectory:
         self._clear_staging()
 
     def abandon(self) -> None:
-        """Remove what an unsuccessful run has staged. Only files of ours are below the staging directory."""
+        """Remove what an unsuccessful run has staged and published; a result that is complete stays."""
+        if not io.exists(self.path / MARKER):
+            self._remove([*map(str, self._run().get("files", ()))])
         self._clear_staging()
 
     def _marker(self) -> dict[str, Any]:
@@ -146,11 +157,11 @@ class OutputDirectory:
         path = self.staging / RUN
         try:
             return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
-        except MalformedInputError:
+        except (InputMissingError, MalformedInputError):
             return {}
 
     def _remove(self, files: Sequence[str]) -> None:
-        """Remove a result or what was published of one: what loaders go by first, then the data, then our own."""
+        """Remove a result or what was published of one, what loaders go by first, and whatever is staged."""
         for name in (MARKER, CONFIG, INDEX):
             io.remove(self.path / name)
         io.sync_dir(self.path)
@@ -161,23 +172,19 @@ class OutputDirectory:
             io.remove(self.path / name)
             folders.update(parent for parent in (self.path / name).parents if self.path in parent.parents)
         io.remove(self.path / INPUTS)
-        self._clear_staging()
+        self._clear_staging(keep=RUN)
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
             io.remove_dir_if_empty(folder)
 
-    def _clear_staging(self) -> None:
-        """Remove the staging directory, its marker last, so that it is ours until it is gone."""
+    def _clear_staging(self, keep: str = "") -> None:
+        """Empty the staging area, but for `keep`, and remove it; its record of the run goes last, so that the
+        directory is ours until it is empty."""
         if not io.exists(self.staging):
             return
-        names = io.list_tree(self.staging)
-        for name in sorted(names, key=lambda name: name == RUN):
-            io.remove(self.staging / name)
-        folders = {
-            parent for name in names for parent in (self.staging / name).parents if self.staging in parent.parents
-        }
-        for folder in sorted(folders, key=lambda path: -len(path.parts)):
-            io.remove_dir_if_empty(folder)
-        io.remove_dir_if_empty(self.staging)
+        for name in sorted(io.list_tree(self.staging), key=lambda name: name == RUN):
+            if name != keep:
+                io.remove(self.staging / name)
+        io.remove_empty_dirs(self.staging)
 
 
 def _difference(report: Mapping[str, Any], plan_digest: str) -> str:

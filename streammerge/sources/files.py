@@ -31,15 +31,12 @@ class _OpenFile:
             io.map_input(self.fd, self.path, self.state.size) if mapped and self.state.size else None
         )
 
-    def check(self) -> None:
-        """Raise InputReadError if the file is no longer what was opened."""
-        now = io.state_of(self.fd, self.path)
-        if now != self.state:
-            reason = (
-                f"it had {self.state.size:,} bytes and has {now.size:,} now"
-                if now.size != self.state.size
-                else "it was modified"
-            )
+    def check(self, before: io.FileState | None = None) -> None:
+        """Raise InputReadError if the file is no longer what was opened, or what was opened `before`."""
+        now, then = io.state_of(self.fd, self.path), before or self.state
+        if now != then:
+            sizes = f"it had {then.size:,} bytes and has {now.size:,} now"
+            reason = sizes if now.size != then.size else "it was modified"
             raise InputReadError(self.path, "read", f"the file changed while it was being used: {reason}")
 
     def __del__(self) -> None:
@@ -56,6 +53,7 @@ class TensorFiles:
         self.mapped = mode == "mmap" or (mode == "auto" and not io.is_on_network(root))
         self._auto = mode == "auto"
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._first: dict[str, io.FileState] = {}
         self._lock = threading.Lock()
 
     def read(self, info: TensorInfo, start: int, end: int) -> memoryview:
@@ -65,15 +63,17 @@ class TensorFiles:
         return self._bytes(info.file, info.start + start, info.start + end)
 
     def give_back(self, info: TensorInfo, start: int, end: int) -> None:
-        """Let the pages of these bytes go; only for contiguous tensors, whose bytes nobody else is reading."""
+        """Let the pages of these bytes go, where they are contiguous; whoever still reads them faults them in again."""
         if info.strides is None:
             file = self._file(info.file)
             if file.mapping is not None:
                 io.give_back(file.mapping, info.start + start, info.start + end)
 
-    def raw(self, name: str, start: int, end: int) -> memoryview:
-        """Bytes [start, end) of a file."""
-        return self._bytes(name, start, end)
+    def raw(self, name: str, start: int, end: int) -> bytearray:
+        """Bytes [start, end) of a file, never mapped: a touch of a mapping may map a huge page, 2 MiB for a sample."""
+        file = self._file(name)
+        file.check()
+        return io.read_at(file.fd, file.path, start, end - start)
 
     def size(self, name: str) -> int:
         """Bytes of a file, as when it was opened."""
@@ -92,7 +92,9 @@ class TensorFiles:
         with self._lock:
             file = self._open.get(name)
             if file is None:
-                file = self._open[name] = self._opened(self.root / name)
+                file = self._opened(self.root / name)
+                file.check(self._first.setdefault(name, file.state))
+                self._open[name] = file
                 if len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)
             self._open.move_to_end(name)

@@ -128,11 +128,12 @@ def _cached(
     from huggingface_hub import snapshot_download
 
     advice = "connect to the Hub once, without HF_HUB_OFFLINE, and run the same command"
+    not_local = f"if `{repo}` was meant as a local path, it does not exist; otherwise {advice}"
     try:
         # No pattern: which files make it complete is known only once its listing and its index are read.
         root = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
     except OSError:
-        raise HubError(repo, f"{outage.reason}, and `{revision}` is not in the local cache", advice) from None
+        raise HubError(repo, f"{outage.reason}, and `{revision}` is not in the local cache", not_local) from None
     names = _remembered(repo, root.name) or io.list_tree(root)
     try:
         missing = _absent(root, [name for name in heads if name in names]) or _absent(root, choose(names, root))
