@@ -211,7 +211,9 @@ def main() -> None:
         arguments.directory / "adapter", model, arguments.rank, arguments.adapter_dtype, tables=tables
     )
     count = len(model.tensors())
-    print(f"{arguments.directory}: base of {count} tensors, {size_text(base)}; adapter r={arguments.rank}, {size_text(adapter)}")
+    print(
+        f"{arguments.directory}: base of {count} tensors, {size_text(base)}; adapter r={arguments.rank}, {size_text(adapter)}"
+    )
 
 
 if __name__ == "__main__":

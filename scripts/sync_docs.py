@@ -19,7 +19,7 @@ from streammerge.core.options import Options
 from streammerge.methods.lora_config import MUST_BE_NEUTRAL, REFUSED_INITS
 from streammerge.methods.readers import NOT_MERGEABLE
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def options() -> str:

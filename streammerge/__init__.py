@@ -11,8 +11,6 @@ Importing this package loads neither torch nor numpy; they are loaded when they 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.errors import StreamMergeError
@@ -50,17 +48,24 @@ _HOMES = {
     "verify": "api",
 }
 
-try:
-    __version__ = _version("streammerge")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0.0.0"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"streammerge.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _installed_version() -> str:
+    """The installed version. The module that knows it takes longer to import than all of this package's front."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("streammerge")
+    except PackageNotFoundError:  # a checkout that was never installed
+        return "0.0.0"

@@ -13,10 +13,10 @@ from streammerge.core.errors import AdapterError
 from streammerge.core.options import Options
 from streammerge.core.tensors import FactorView, Operation, Place, Replacement, TensorInfo
 from streammerge.methods.lora_config import LoraConfig, parse_config
-from streammerge.methods.parts import ModuleFactors, Parts, sort_parts
+from streammerge.methods.parts import ModuleFactors, Parts
 from streammerge.methods.readers import READERS, refuse_type
 from streammerge.planning.build import build_plan
-from streammerge.planning.values import check_finite, operation_facts
+from streammerge.planning.values import check_finite, operation_facts, parts_of
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
 
@@ -63,7 +63,7 @@ class AdapterStatus:
 
 def inspect_adapter(adapter: Adapter, checkpoint: Checkpoint | None, options: Options) -> AdapterStatus:
     """The status of an adapter, resolved against a base if one is given."""
-    parts = sort_parts(adapter.facts.tensors)
+    parts = parts_of(adapter)
     kind = str(adapter.facts.config.get("peft_type", "?")).upper()
     refusal: AdapterError | None = None
     modules: tuple[ModuleStatus, ...] = ()

@@ -79,6 +79,10 @@ KINDS: Mapping[str, Kind] = {
         "LlamaConfig",
         {**DECODER, "num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 5000, "intermediate_size": 2500},
     ),
+    "qwen3": Kind(
+        "Qwen3Config",
+        {**DECODER, "head_dim": 8, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
     "gpt2": Kind("GPT2Config", {**GPT2, "tie_word_embeddings": False}),
     "gpt2-tied": Kind("GPT2Config", {**GPT2, "tie_word_embeddings": True}),
     "bert": Kind("BertConfig", SMALL, "AutoModelForMaskedLM"),

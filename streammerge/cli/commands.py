@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from streammerge.cli.main import options_of, required
 from streammerge.cli.output import Output
 from streammerge.cli.show import plan_text, status_text
 from streammerge.core.errors import UsageError
-from streammerge.core.text import count_text, size_text
+from streammerge.core.text import count_text, printable, size_text
 from streammerge.execute import Event, Progress, silent
 from streammerge.progress import Bar, duration_text
 from streammerge.report import Report
@@ -29,8 +30,9 @@ def run(arguments: argparse.Namespace, output: Output) -> None:
 
 def _jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.config:
-        if arguments.base or arguments.adapters:
-            raise UsageError("`--config` holds base and adapters itself", "give either a job file or BASE and ADAPTER")
+        if arguments.base or arguments.adapters or arguments.weight:
+            reason = "`--config` holds base, adapters and weights itself"
+            raise UsageError(reason, "give either a job file or BASE and ADAPTER")
         return read_jobs(Path(arguments.config), options_of(arguments), arguments.output)
     base, adapters = required(arguments.base, "BASE"), required(arguments.adapters, "ADAPTER")
     return [Job(base, adapters, arguments.output, arguments.weight, options_of(arguments))]
@@ -55,13 +57,15 @@ def _run_job(job: Job, output: Output, *, verify: bool) -> None:
 
 
 def _json_progress(output: Output) -> Progress:
+    lock = threading.Lock()  # two workers may finish a file at once
+
     def show(event: Event) -> None:
-        if event.kind == "shard":
-            output.line(
-                "shard", {"file": event.file, "bytes": event.bytes, "number": event.number, "count": event.count}
-            )
-        elif event.kind == "start":
-            output.line("start", {"bytes": event.bytes, "shards": event.count})
+        with lock:
+            if event.kind == "shard":
+                shard = {"file": event.file, "bytes": event.bytes, "number": event.number, "count": event.count}
+                output.line("shard", shard)
+            elif event.kind == "start":
+                output.line("start", {"bytes": event.bytes, "shards": event.count})
 
     return show
 
@@ -92,7 +96,7 @@ def _least_survived(report: Report) -> str:
     few = sum(share < 0.9 for share in shares.values())
     return (
         f"rounding to the output's dtype took more than a tenth of the delta of {count_text(few, 'tensor')}; "
-        f"least is left of `{name}`: {shares[name]:.0%}. `--dtype float32` keeps all of it"
+        f"least is left of `{printable(name)}`: {shares[name]:.0%}. `--dtype float32` keeps all of it"
     )
 
 

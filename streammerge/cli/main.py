@@ -74,6 +74,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+class _Version(argparse.Action):
+    """`--version`, which looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"streammerge {streammerge.__version__}")
+        parser.exit()
+
+
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and that of each command by name."""
     parser = argparse.ArgumentParser(
@@ -81,7 +89,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Merge PEFT adapters into checkpoints: streaming, right or refused.",
         epilog=EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"streammerge {streammerge.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adders = {"run": _add_run, "plan": _add_plan, "inspect": _add_inspect, "verify": _add_verify, "demo": _add_demo}
     for name, help in (

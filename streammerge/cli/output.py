@@ -51,13 +51,13 @@ class Output:
             print(text, file=sys.stderr)
 
     def error(self, error: StreamMergeError) -> None:
-        """A refusal or failure: summary, details, one hint."""
+        """A refusal or failure: summary, details, one hint. Escaped here once more, so that no class can forget it."""
         mark = "\033[31merror:\033[0m" if _coloured() else "error:"
-        print(f"{mark} {error.summary()}", file=sys.stderr)
+        print(f"{mark} {printable(error.summary())}", file=sys.stderr)
         for line in error.details():
-            print(f"  {line}", file=sys.stderr)
+            print(f"  {printable(line)}", file=sys.stderr)
         if error.hint():
-            print(f"\nhint: {error.hint()}", file=sys.stderr)
+            print(f"\nhint: {printable(error.hint())}", file=sys.stderr)
         if self.json and not self.documented:
             print(json.dumps({"type": "error"} | error.data(), ensure_ascii=False, default=str), flush=True)
 

@@ -37,7 +37,7 @@ def plan_text(plan: MergePlan, output: str | None, *, verbose: bool) -> str:
         f"memory    {size_text(figures.memory)} for {workers}, beside the imported libraries",
         f"time      about {duration_text(figures.write / ASSUMED_RATE)} at {size_text(ASSUMED_RATE)}/s",
     ]
-    lines += [f"config    {'.'.join(path)} = {value!r}" for path, value in plan.config_edits]
+    lines += [f"config    {printable('.'.join(path))} = {value!r}" for path, value in plan.config_edits]
     lines += [f"ignored   {printable(key)} ({rule})" for item in plan.adapters for key, rule in item.ignored.items()]
     lines += [f"code      {printable(name)} is copied; loaders may run it" for name in plan.code]
     lines += [f"note      {printable(note)}" for note in plan.notes]

@@ -6,6 +6,7 @@ grid. Execution, verification and views all pull from here.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -195,8 +196,7 @@ def _check_finite(written: Tensor, weight: Tensor, output: OutputTensor, tile: T
     """Refuse a value that is not finite where the stored one was."""
     import torch
 
-    low, high = torch.aminmax(written)
-    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+    if all(math.isfinite(float(end)) for end in torch.aminmax(written)):
         return
     bad = ~torch.isfinite(written) & torch.isfinite(weight)
     if bool(bad.any()):

@@ -57,7 +57,8 @@ def as_numpy(data: memoryview, dtype: str) -> NDArray[np.floating]:
 
     if dtype == "BF16":
         words: NDArray[np.uint32] = np.frombuffer(data, np.uint16).astype(np.uint32)
-        widened: NDArray[np.float32] = (words << 16).view(np.float32)
+        words <<= 16
+        widened: NDArray[np.float32] = words.view(np.float32)
         return widened
     kinds: dict[str, type[np.floating]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
     return np.frombuffer(data, kinds[dtype])

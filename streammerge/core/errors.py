@@ -52,8 +52,8 @@ class StreamMergeError(Exception):
         return {"error": type(self).__name__, "exit_code": self.exit_code, "message": self.summary(), **values}
 
     def __str__(self) -> str:
-        text = "\n".join([self.summary(), *(f"  {line}" for line in self.details())])
-        return f"{text}\n\nhint: {self.hint()}" if self.hint() else text
+        lines = [printable(self.summary()), *(f"  {printable(line)}" for line in self.details())]
+        return "\n".join([*lines, "", f"hint: {printable(self.hint())}"] if self.hint() else lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))

@@ -11,6 +11,7 @@ from streammerge.core.errors import UsageError
 from streammerge.core.text import parse_size, printable, some_of
 
 DEFAULT_MEMORY = 128 * 10**6
+_KINDS = {str: "a text", int: "a whole number", bool: "true or false", tuple: "a list of texts"}
 
 
 def _option(
@@ -63,11 +64,13 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices = item.metadata["choices"]
-            if choices and getattr(self, item.name) not in choices:
-                raise UsageError(
-                    f"`{item.name}` is `{printable(getattr(self, item.name))}`, not one of {some_of(choices)}"
-                )
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            kind: type = type(item.default)
+            parts = value if isinstance(value, tuple) else ()
+            if type(value) is not kind or not all(isinstance(part, str) for part in parts):
+                raise UsageError(f"`{item.name}` is `{printable(value)}`, not {_KINDS[kind]}")
+            if choices and value not in choices:
+                raise UsageError(f"`{item.name}` is `{printable(value)}`, not one of {some_of(choices)}")
         if self.workers < 0:
             raise UsageError(f"`workers` is {self.workers}, not a count of threads")
         if self.memory <= 0:
@@ -93,8 +96,9 @@ class Options:
             except ValueError as error:
                 raise UsageError(str(error)) from None
         for name in ("allow_unused", "ignore_config_field"):
-            if name in chosen:
-                chosen[name] = (chosen[name],) if isinstance(chosen[name], str) else tuple(chosen[name])
+            value = chosen.get(name)
+            if isinstance(value, str | list):
+                chosen[name] = (value,) if isinstance(value, str) else tuple(value)
         return cls(**chosen)
 
     def shard_limit(self) -> int | None:

@@ -1,11 +1,12 @@
 """An adapter's tensors sorted by what they are: factors by module, replacements, token rows, copies to ignore.
 
-Only names are looked at. Every tensor lands in exactly one place, and the ledger holds the plan to it.
+Only names are looked at, and bytes where two names stand for one parameter. Every tensor lands in exactly one place,
+and the ledger holds the plan to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from streammerge.core.errors import ConfigContradictionError, IncompleteFactorsError, UnusedKeysError
@@ -48,9 +49,12 @@ class Parts:
     ignored: Mapping[str, str]
 
 
-def sort_parts(tensors: Mapping[str, TensorInfo]) -> Parts:
-    """Sort the tensors of one adapter file. Raises ConfigContradictionError where the file holds several adapters, or
-    two tensors for one thing, IncompleteFactorsError for empty tensors."""
+def sort_parts(tensors: Mapping[str, TensorInfo], same: Callable[[TensorInfo, TensorInfo], bool]) -> Parts:
+    """Sort the tensors of one adapter file; `same` says whether two of them hold the same bytes.
+
+    Raises ConfigContradictionError where the file holds several adapters, or two tensors for one thing,
+    IncompleteFactorsError for empty tensors.
+    """
     keys = {name: parse_key(name) for name in tensors}
     _refuse_empty(tensors)
     _refuse_several(keys.values())
@@ -71,18 +75,24 @@ def sort_parts(tensors: Mapping[str, TensorInfo]) -> Parts:
             case kind:
                 full[kind].append(FullTensor(key, tensors[name]))
     modules = tuple(ModuleFactors(*where, slots) for where, slots in groups.items())
-    replacements = _one_of_each(full[KeyKind.REPLACEMENT])
-    return Parts(modules, replacements, _one_of_each(full[KeyKind.TOKENS]), ignored)
+    replacements = _one_of_each(full[KeyKind.REPLACEMENT], same, ignored)
+    return Parts(modules, replacements, _one_of_each(full[KeyKind.TOKENS], same, ignored), ignored)
 
 
-def _one_of_each(found: list[FullTensor]) -> tuple[FullTensor, ...]:
+def _one_of_each(
+    found: list[FullTensor], same: Callable[[TensorInfo, TensorInfo], bool], ignored: dict[str, str]
+) -> tuple[FullTensor, ...]:
+    """The first tensor of each name. PEFT 0.21 saves a replaced table of a resized vocabulary under two keys."""
     seen: dict[str, FullTensor] = {}
     for item in found:
-        if item.name in seen:
-            keys = (seen[item.name].key.key, item.key.key)
-            raise ConfigContradictionError(keys, "two adapter tensors stand for the same parameter")
-        seen[item.name] = item
-    return tuple(found)
+        first = seen.setdefault(item.name, item)
+        if first is item:
+            continue
+        if not same(first.info, item.info):
+            keys = (first.key.key, item.key.key)
+            raise ConfigContradictionError(keys, "two adapter tensors stand for the same parameter, and they differ")
+        ignored[item.key.key] = f"a second copy of `{first.key.key}`"
+    return tuple(seen.values())
 
 
 def _refuse_empty(tensors: Mapping[str, TensorInfo]) -> None:

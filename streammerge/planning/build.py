@@ -19,7 +19,6 @@ from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, Replacement, Source, Stored, TensorInfo
 from streammerge.core.text import some_of
 from streammerge.methods.lora_config import parse_config
-from streammerge.methods.parts import sort_parts
 from streammerge.methods.readers import read_adapter
 from streammerge.methods.reading import AdapterInput, BaseView, Contribution
 from streammerge.names.architectures import architecture_of
@@ -33,7 +32,7 @@ from streammerge.planning.quantized import refuse_low_bit, refuse_quantized
 from streammerge.planning.replicate import Edit, Stock, one_replication, replicate
 from streammerge.planning.sidecars import SidecarPlan, plan_sidecars
 from streammerge.planning.ties import Settled, Ties
-from streammerge.planning.values import PIECE, check_finite, operation_facts
+from streammerge.planning.values import PIECE, check_finite, operation_facts, parts_of
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
 
@@ -95,7 +94,7 @@ class _Builder:
         )
 
     def _read_adapters(self) -> tuple[Stock, list[Contribution], list[dict[str, str]]]:
-        parts = [sort_parts(adapter.facts.tensors) for adapter in self.adapters]
+        parts = [parts_of(adapter) for adapter in self.adapters]
         fields = self.options.ignore_config_field
         replications = [
             parse_config(a.facts.config, fields).layer_replication

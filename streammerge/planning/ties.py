@@ -7,12 +7,13 @@ the config's flag and by what is on disk, so both are settled here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.core.errors import ConfigContradictionError, NotMergeableError
 from streammerge.core.tensors import Operation, TensorInfo
+from streammerge.methods import FORMULAS
 from streammerge.names.architectures import Architecture
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft
 from streammerge.planning.replicate import Edit
@@ -55,8 +56,9 @@ class Ties:
             return Settled({}, {})
         tied = self.architecture.ties(self.config)
         pairs = [pair for target, source in tied.items() if (pair := self._on_disk(target, source, drafts))]
-        for physical, other in pairs:
-            _share_tokens(drafts, physical, other)
+        for pair in pairs:
+            _share_saved_base(drafts, pair)
+            _share_tokens(drafts, *pair)
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
@@ -86,8 +88,9 @@ class Ties:
         ends = tuple(f".{'.'.join(name.split('.')[-2:])}" for name in (source, target))
         touched = [name for name in drafts if f".{name}".endswith(ends)]
         if touched:
-            reason = f"the adapter changes `{touched[0]}`, which may be the stored name of `{source}`, tied to `{target}`"
-            advice = "checkpoints whose stored names differ from the model's are not supported yet for tied embeddings"
+            tie = f"`{source}`, tied to `{target}`"
+            reason = f"the adapter changes `{touched[0]}`, which may be the stored name of {tie}"
+            advice = "tied embeddings whose stored names differ from the model's are not supported yet"
             raise NotMergeableError(tuple(touched), reason, advice)
 
     def _spelling(self, name: str, drafts: Mapping[str, Draft]) -> str:
@@ -97,21 +100,28 @@ class Ties:
         return next((s for s in spellings if s in self.base), next((s for s in spellings if s in drafts), name))
 
     def _same_effect(self, a: Draft, b: Draft) -> bool:
-        if (a.replacement is None) != (b.replacement is None) or len(a.operations) != len(b.operations):
+        if not self._same_replacement(a, b) or len(a.operations) != len(b.operations):
             return False
-        if a.replacement and b.replacement:
-            tensors = [(self.adapters[d.replaced_by], d.replacement.part.info) for d in (a, b) if d.replacement]
-            if not same_tensor(tensors[0], tensors[1]):
-                return False
         return all(self._same_operation(x, y) for x, y in zip(a.operations, b.operations, strict=True))
+
+    def _same_replacement(self, a: Draft, b: Draft) -> bool:
+        if a.replacement is None or b.replacement is None:
+            return a.replacement is b.replacement
+        mine, other = ((self.adapters[d.replaced_by], d.replacement.part.info) for d in (a, b) if d.replacement)
+        return same_tensor(mine, other)
 
     def _same_operation(self, a: Operation, b: Operation) -> bool:
         alike = (a.formula, a.numbers, a.indices, a.rounding) == (b.formula, b.numbers, b.indices, b.rounding)
-        if not alike or a.factors.keys() != b.factors.keys():
+        # A formula that looks at W may look along its rows on one side and along its columns on the other.
+        directed = FORMULAS[a.formula].additive or a.place.transposed == b.place.transposed
+        return alike and directed and self._same_factors(a, b)
+
+    def _same_factors(self, a: Operation, b: Operation, names: Collection[str] = ()) -> bool:
+        if a.factors.keys() != b.factors.keys():
             return False
         return all(
             a.factors[name] == b.factors[name] or same_values(a.factors[name], b.factors[name], self.adapters)
-            for name in a.factors
+            for name in names or a.factors
         )
 
     def _keep_tied(self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]]) -> dict[tuple[int, str], str]:
@@ -136,16 +146,27 @@ class Ties:
         return {}
 
     def _refuse_untied(self, parted: Sequence[tuple[str, str]], drafts: Mapping[str, Draft]) -> None:
-        """An adapter that was trained with both sides tied and holds two different ones was damaged on its way."""
+        """An adapter that was trained with both sides tied and holds two different ones was damaged on its way.
+
+        Not so on a 16-bit base: there PEFT copies the factors to float32, each side for itself, which ends their tie,
+        so that they are trained, and act, as two.
+        """
         ensured = any(adapter.facts.config.get("ensure_weight_tying") for adapter in self.adapters)
-        both = [pair for pair in parted if all(drafts.get(name, Draft()).used() for name in pair)]
-        if ensured and both:
-            reason = (
-                f"the config says `ensure_weight_tying`, but the adapter's `{both[0][0]}` and `{both[0][1]}` differ"
-            )
-            raise ConfigContradictionError(
-                both[0], reason, "save the adapter again; PEFT would load one side over the other"
-            )
+        for pair in parted if ensured else ():
+            ours, theirs = (drafts.get(name, Draft()) for name in pair)
+            if not ours.used() or not theirs.used():
+                continue
+            copied = self.base[pair[0]].dtype in ("F16", "BF16")
+            if not self._same_replacement(ours, theirs) or not (copied or self._same_product(ours, theirs)):
+                reason = f"the config says `ensure_weight_tying`, but the adapter's `{pair[0]}` and `{pair[1]}` differ"
+                raise ConfigContradictionError(
+                    pair, reason, "save the adapter again; PEFT would load one side over the other"
+                )
+
+    def _same_product(self, a: Draft, b: Draft) -> bool:
+        """Whether both sides have the same A and B; a DoRA magnitude is each side's own."""
+        pairs = [(x, y) for x, y in zip(a.others, b.others, strict=False) if "left" in x.factors]
+        return len(a.others) == len(b.others) and all(self._same_factors(*pair, ("left", "right")) for pair in pairs)
 
     def _untie(self, architecture: Architecture, physical: str, other: str) -> tuple[Edit, ...]:
         """The edits that untie the class, or a refusal that says what the adapter asked for."""
@@ -166,6 +187,17 @@ class Ties:
                 said = f"the adapter changes `{name}` and the config says that embeddings are tied"
                 reason = f"{said}, but this class is not in the table of ties"
                 raise NotMergeableError((name,), reason)
+
+
+def _share_saved_base(drafts: dict[str, Draft], pair: tuple[str, str]) -> None:
+    """What PEFT saved as the base of an adapted table, of a resized one above all, was the base of both its sides."""
+    for here, there in (pair, pair[::-1]):
+        draft = drafts.get(here, Draft())
+        if draft.replacement and "base_layer" in draft.replacement.part.key.key.split("."):
+            other = drafts.setdefault(there, Draft())
+            if other.replacement is None:
+                other.replacement = replace(draft.replacement, tensor=there)
+                other.replaced_by = draft.replaced_by
 
 
 def _share_tokens(drafts: dict[str, Draft], physical: str, other: str) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import FLOATS, as_numpy, itemsize
 from streammerge.core.errors import NonFiniteError, NotMergeableError
 from streammerge.core.tensors import FactorView, Operation, TensorInfo
+from streammerge.methods.parts import Parts, sort_parts
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
 
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 PIECE = 2**20
 """Elements of a factor that are converted at a time."""
+
+
+def parts_of(adapter: Adapter) -> Parts:
+    """The adapter's tensors, sorted by what they are. Raises what `sort_parts` raises."""
+    return sort_parts(adapter.facts.tensors, lambda a, b: same_tensor((adapter, a), (adapter, b)))
 
 
 def check_finite(adapter: Adapter) -> None:
@@ -92,8 +99,13 @@ def _gram(wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:
     total: NDArray[Any] = np.zeros((rank, rank))
     step = max(1, PIECE // rank)
     for start in range(0, length, step):
-        piece = np.asarray(factor_array(wide.t, adapters, (start, min(start + step, length))), np.float64)
-        total += piece.T @ piece
+        size, offset = min(step, length - start), wide.offset + start * wide.strides[1]
+        piece = replace(wide, shape=(rank, size), offset=offset)
+        if wide.strides[1] == 1:
+            values = np.asarray(factor_array(piece, adapters), np.float64)
+        else:  # gathered as it lies in the file: transposing it there would take longer than the product
+            values = np.asarray(factor_array(piece.t, adapters), np.float64).T
+        total += values @ values.T
     adapter = adapters[wide.adapter]
     info = adapter.facts.tensors[wide.key]
     adapter.files.give_back(info, 0, info.nbytes)

@@ -35,7 +35,7 @@ class Case:
     `trained_on` loads the model the adapter is trained on from the base; None: as what it was saved. `loads_as` loads
     the output; None: like `trained_on`. `prepare` is done to the model before the adapter is added, in training as in
     the reference. `train` is done to the adapted model before it is saved, `save` are arguments of PEFT's
-    `save_pretrained`. `edit` is done to a copy of the saved files, which streammerge then gets; PEFT reads the copy
+    `save_pretrained`, or makes them. `edit` is done to a copy of the saved files, which streammerge then gets; PEFT reads the copy
     only if `peft_reads_edit`. `rename` turns the reference's tensor names into those of the output, or into None
     for one that the output need not have; `formula` makes the expected tensors from the base (float64), its path and
     the adapter's directory.
@@ -49,7 +49,7 @@ class Case:
     loads_as: Loader | None = None
     prepare: Callable[[nn.Module], None] | None = None
     train: Callable[[PeftModel], None] | None = None
-    save: Mapping[str, Any] = field(default_factory=dict)
+    save: Mapping[str, Any] | Callable[[PeftModel, Path], Mapping[str, Any]] = field(default_factory=dict)
     edit: Callable[[Path], None] | None = None
     peft_reads_edit: bool = False
     rename: Callable[[str], str | None] | None = None
@@ -60,6 +60,8 @@ class Case:
     """Whether the method rounds in the middle, so that there is no one correct rounding of the whole."""
     forward: bool = True
     """Whether the adapter's forward pass is defined in PEFT and compared with the output's."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """Dtypes of the base the case is about."""
     beside_base: bool = False
     """Whether the output may hold tensors that the reference does not have: those of the base, unchanged."""
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -20,8 +20,8 @@ LOGIT_ERROR = 2e-5
 
 def assert_same_names(ours: Tensors, theirs: Tensors, allowed: frozenset[str] = frozenset()) -> None:
     """Both sides have the same tensors, but for `allowed` ones that only we have."""
-    assert ours.keys() - allowed == theirs.keys() - allowed
-    assert theirs.keys() <= ours.keys()
+    assert not ours.keys() - theirs.keys() - allowed, f"only ours: {sorted(ours.keys() - theirs.keys() - allowed)}"
+    assert not theirs.keys() - ours.keys(), f"only theirs: {sorted(theirs.keys() - ours.keys())}"
 
 
 def assert_parity(ours: Tensors, theirs: Tensors, skip: tuple[str, ...]) -> None:

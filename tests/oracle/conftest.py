@@ -23,6 +23,12 @@ THIRD_PARTY = [
     ("fan_in_fan_out is set to (True|False) but", UserWarning),
     # It warns of ties, because its merge is wrong there: what the cases of ties are about.
     ("Model has `tie_word_embeddings=True` and a tied layer is part of the adapter", UserWarning),
+    # The same adapter is loaded into the base with its tie dissolved, where there is nothing left to ensure.
+    ("You have requested `ensure_weight_tying`, but no tied modules", UserWarning),
+    # The conversion loads the initial adapter beside the trained one.
+    ("(PiSSA|OLoRA) changes the base weights of the model and should thus not be used with other", UserWarning),
+    # PEFT looks for the pattern among the modules, where a parameter is not; it obeys the pattern nevertheless.
+    (r"The following (rank|alpha)_pattern keys did not match any targeted module .*experts\.", RuntimeWarning),
     # PEFT 0.21 takes the bias of `lora_bias` for a factor of a wrong shape.
     (r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape: [^,]*\.lora_B\.bias:", UserWarning),
     # The forward test compares with the base without its adapter, whose biases then are still the trained ones.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 import streammerge
@@ -67,7 +67,7 @@ class Workbench:
         adapted = make_adapter(self.model(case, dtype, dtype), **case.lora)
         if case.train:
             case.train(adapted)
-        save = {name: value(where.parent) if callable(value) else value for name, value in case.save.items()}
+        save = case.save(adapted, where.parent) if callable(case.save) else case.save
         adapted.save_pretrained(where, **save)
         given = where.parent / "given"
         shutil.copytree(where, given)
@@ -89,10 +89,10 @@ class Workbench:
         if case.formula:
             wide = {name: tensor.double() for name, tensor in load_tensors(self.base(case.base, dtype)).items()}
             return case.formula(wide, self.saved(case, dtype))
-        model = self.model(case, dtype, compute)
+        model, config = self.model(case, dtype, compute), LoraConfig.from_pretrained(self.saved(case, dtype))
         if case.oracle is Oracle.UNTIED:
-            untie(model)
-        merged = PeftModel.from_pretrained(model, self.saved(case, dtype)).merge_and_unload()
+            untie(model, config)
+        merged = PeftModel.from_pretrained(model, self.saved(case, dtype), config=config).merge_and_unload()
         tensors = self._stored(merged, case, f"{case.name}-{dtype}-{compute}")
         rename = case.rename or (lambda name: name)
         return {new: tensor for name, tensor in tensors.items() if (new := rename(name)) is not None}
@@ -118,8 +118,12 @@ class Workbench:
         return where
 
 
-def untie(model: nn.Module) -> None:
-    """Give the output embedding a tensor of its own."""
+def untie(model: nn.Module, config: LoraConfig) -> None:
+    """Give the output embedding tensors of its own, and an adapter that ensures the tie one factor pair for each."""
     head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone())
+    for name, parameter in list(head.named_parameters()):
+        setattr(head, name, nn.Parameter(parameter.detach().clone()))
     model.config.tie_word_embeddings = False
+    if config.ensure_weight_tying and "embed_tokens" in config.target_modules:
+        config.target_modules |= {"lm_head"}
+        config.ensure_weight_tying = False

@@ -78,7 +78,7 @@ FAILURES = {
     "no space can be reserved": ("posix_fallocate", errno.ENOSPC, always, 0, "reserve space for", "No space left"),
     "the first write fails": ("pwrite", errno.EIO, always, 0, "cannot write `", "Input/output error"),
     "a write in the middle fails": ("pwrite", errno.ENOSPC, always, 7, "cannot write `", "No space left on device"),
-    "a late write fails": ("pwrite", errno.EDQUOT, always, 30, "cannot write `", "quota"),
+    "a late write fails": ("pwrite", errno.EDQUOT, always, 19, "cannot write `", "quota"),
     "the first sync fails": ("fsync", errno.EIO, always, 0, "cannot sync `", "Input/output error"),
     "a shard's sync fails": ("fsync", errno.EIO, always, 3, "cannot sync `", "Input/output error"),
     "the first rename fails": ("replace", errno.EIO, always, 0, "cannot rename into `", "run.json"),
@@ -195,7 +195,7 @@ def test_files_appear_in_the_order_that_makes_the_directory_loadable_last(
 ) -> None:
     log = recorded(tmp_path, monkeypatch)
     published = [what.partition(" -> ")[2] for name, what in log if name == "rename"]
-    published = [target for target in published if not target.startswith(STAGING)]
+    published = [target for target in published if not target.startswith(f"{STAGING}/")]
     assert published == [
         FIRST,
         SECOND,
