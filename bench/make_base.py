@@ -210,10 +210,8 @@ def main() -> None:
     adapter = write_adapter(
         arguments.directory / "adapter", model, arguments.rank, arguments.adapter_dtype, tables=tables
     )
-    count = len(model.tensors())
-    print(
-        f"{arguments.directory}: base of {count} tensors, {size_text(base)}; adapter r={arguments.rank}, {size_text(adapter)}"
-    )
+    facts = f"{len(model.tensors())} tensors, {size_text(base)}; adapter r={arguments.rank}, {size_text(adapter)}"
+    print(f"{arguments.directory}: base of {facts}")
 
 
 if __name__ == "__main__":

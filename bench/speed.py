@@ -20,9 +20,10 @@ from measure import STREAMMERGE, Usage, drop_caches, machine, make_base, median,
 COPY = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
 
 
-def fresh(output: Path, measure: Callable[[], Usage]) -> Usage:
-    """One run that finds no output and, where permitted, an empty page cache."""
-    drop_caches()
+def fresh(output: Path, measure: Callable[[], Usage], *, drop: bool) -> Usage:
+    """One run that finds no output and, where asked for and permitted, an empty page cache."""
+    if drop:
+        drop_caches()
     used = measure()
     shutil.rmtree(output)
     return used
@@ -32,10 +33,8 @@ def report(name: str, used: list[Usage], size: int) -> None:
     """Print the medians of some runs."""
     wall, cpu = median([one.seconds for one in used]), median([one.cpu_seconds for one in used])
     spread = f"{min(one.seconds for one in used):.2f} to {max(one.seconds for one in used):.2f} s"
-    peak = max(one.max_rss for one in used) / 1e6
-    print(
-        f"{name:16} median {wall:6.2f} s ({spread}), {size / wall / 1e6:5.0f} MB/s, CPU {cpu:6.2f} s, peak {peak:5.0f} MB"
-    )
+    rate, peak = size / wall / 1e6, max(one.max_rss for one in used) / 1e6
+    print(f"{name:16} median {wall:6.2f} s ({spread}), {rate:5.0f} MB/s, CPU {cpu:6.2f} s, peak {peak:5.0f} MB")
 
 
 def main() -> None:
@@ -45,6 +44,7 @@ def main() -> None:
     parser.add_argument("--kind", default="llama", help="as for make_base.py (default llama)")
     parser.add_argument("--rank", default="16")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--keep-cache", action="store_true", help="do not empty the page cache")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="further options of `streammerge run`")
     arguments = parser.parse_args()
     print(machine())
@@ -52,15 +52,16 @@ def main() -> None:
         options = ["--kind", arguments.kind, "--size", arguments.size, "--rank", arguments.rank]
         base, adapter = make_base(directory, *options)
         size = sum(path.stat().st_size for path in base.iterdir())
-        print(f"page cache emptied before each run: {'yes' if drop_caches() else 'no, not permitted'}")
+        drop = not arguments.keep_cache and drop_caches()
+        print(f"page cache emptied before each run: {'yes' if drop else 'no'}")
         output = directory / "output"
-        copy = ["sh", "-c", COPY, "sh", base, output]
+        copy: list[str | Path] = ["sh", "-c", COPY, "sh", base, output]
         merge = [*STREAMMERGE, "run", base, adapter, "-o", output, *arguments.options]
         copies: list[Usage] = []
         merges: list[Usage] = []
         for number in range(1, arguments.pairs + 1):
-            copies.append(fresh(output, lambda: run(copy)))
-            merges.append(fresh(output, lambda: run(merge)))
+            copies.append(fresh(output, lambda: run(copy), drop=drop))
+            merges.append(fresh(output, lambda: run(merge), drop=drop))
             ratio = merges[-1].seconds / copies[-1].seconds
             print(
                 f"pair {number}: copy {copies[-1].seconds:.2f} s, merge {merges[-1].seconds:.2f} s, ratio {ratio:.2f}"

@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.core import io
 from streammerge.core.errors import InputMissingError, UsageError
 from streammerge.core.options import Options
+from streammerge.core.text import count_text
 from streammerge.execute import Event, Inputs, execute, silent
 from streammerge.inspection import AdapterStatus, inspect_adapter
 from streammerge.planning.build import build_plan
@@ -124,7 +125,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     chosen = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(chosen) != count:
         raise UsageError(
-            f"{len(chosen)} weights were given for {count} adapters", "one `--weight` for each adapter, in order"
+            f"{count_text(len(chosen), 'weight')} given for {count_text(count, 'adapter')}",
+            "one `--weight` for each adapter, in order",
         )
     if not all(math.isfinite(weight) for weight in chosen):
         raise UsageError("a weight is not finite")
@@ -156,11 +158,7 @@ def _inputs_of(
     if base_text is None or adapter_texts is None:
         return None, "where base and adapters are is not recorded"
     if base is None and adapters is None:
-        gone = [
-            text
-            for text in (base_text, *adapter_texts)
-            if text.startswith("/") and not io.exists(text.partition(":")[0])
-        ]
+        gone = [text for text in (base_text, *adapter_texts) if text.startswith("/") and not io.exists(text)]
         if gone:
             return None, f"`{gone[0]}`, which the output was made from, is gone"
     return (base_text, adapter_texts), ""

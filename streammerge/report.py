@@ -6,8 +6,8 @@ about this run in particular (paths, times) is outside of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import xxhash
 from streammerge.compute.tile import TileStats
 from streammerge.core import strict_json
 from streammerge.core.digests import file_digest
+from streammerge.core.options import Options
 from streammerge.core.tensors import Operation, OutputTensor, Stored
 from streammerge.planning.model import MergePlan
 
@@ -135,6 +136,31 @@ def own_digest(document: Mapping[str, Any]) -> str:
     """The digest of a report without the digest in it."""
     rest = {name: value for name, value in document.items() if name != "digest"}
     return xxhash.xxh3_128(strict_json.dumps(rest)).hexdigest()
+
+
+def malformed_part(document: Mapping[str, Any]) -> str | None:
+    """The first part of a report that is not of the kind `document_of` writes there, None for one that is whole."""
+    kinds = {
+        "arithmetic": int, "plan": str, "fingerprint": str, "base": dict, "adapters": list, "options": dict,
+        "tensors": dict, "files": dict, "sidecars": dict,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(document.get(name), kind):
+            return name
+    if not document["options"].keys() <= {item.name for item in fields(Options)}:
+        return "options"
+    parts: Mapping[str, tuple[Iterable[Any], Mapping[str, Any]]] = {
+        "base": ([document["base"]], {"digest": str}),
+        "adapters": (document["adapters"] or [None], {"digest": str, "weight": int | float}),
+        "tensors": (document["tensors"].values(), {"dtype": str, "shape": list}),
+        "files": (document["files"].values(), {"size": int, "blocks": list}),
+        "sidecars": (document["sidecars"].values(), {"size": int, "blocks": list}),
+    }
+    for name, (entries, wanted) in parts.items():
+        for entry in entries:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
+                return name
+    return None
 
 
 def _tensor_data(tensor: OutputTensor, stats: StatsCollector) -> dict[str, Any]:

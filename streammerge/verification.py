@@ -16,7 +16,7 @@ from typing import Any
 from streammerge.compute.produce import Producer, shard_bytes
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import StreamMergeError, UnfinishedOutputError, VerificationError
+from streammerge.core.errors import InputError, StreamMergeError, UnfinishedOutputError, VerificationError
 from streammerge.core.text import some_of
 from streammerge.execute import (
     Event,
@@ -33,7 +33,7 @@ from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
-from streammerge.report import Report, own_digest
+from streammerge.report import Report, malformed_part, own_digest
 from streammerge.sinks.directory import INPUTS, MARKER, STAGING
 
 DEFAULT_SAMPLE = 0.05
@@ -71,6 +71,9 @@ def read_marker(output: Path) -> dict[str, Any]:
         raise VerificationError(
             str(output), (f"`{MARKER}` was changed after it was written: its own digest does not fit",)
         )
+    part = malformed_part(document)
+    if part:
+        raise VerificationError(str(output), (f"`{MARKER}` is no report of ours: it has no usable `{part}`",))
     return document
 
 
@@ -79,7 +82,10 @@ def recorded_inputs(output: Path) -> tuple[str, list[str]] | None:
     path = output / INPUTS
     if not io.exists(path):
         return None
-    data = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+    try:
+        data = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+    except InputError:
+        return None
     base, adapters = data.get("base"), data.get("adapters")
     if (
         not isinstance(base, str)

@@ -74,10 +74,9 @@ def _sentence(report: Report) -> str:
     if report.status == "already complete":
         return "already complete: this very merge is there and finished"
     written = sum(item["size"] for item in report.document["files"].values())
-    rate = f"{size_text(written / report.seconds)}/s" if report.seconds else ""
     words = [
         f"{count_text(report.changed, 'tensor')} changed",
-        f"{size_text(written)} written in {duration_text(report.seconds)} ({rate})",
+        f"{size_text(written)} written{' and checked' if report.checked else ''} in {duration_text(report.seconds)}",
     ]
     if report.rederived:
         words.append(f"{count_text(report.rederived, 'block')} read back and derived again")

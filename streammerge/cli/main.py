@@ -88,6 +88,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         prog="streammerge",
         description="Merge PEFT adapters into checkpoints: streaming, right or refused.",
         epilog=EPILOG,
+        allow_abbrev=False,  # an abbreviation in a script would break with the next option
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -99,7 +100,9 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         ("verify", "prove a finished output against its inputs"),
         ("demo", "build a small example, merge it, verify it"),
     ):
-        command = subparsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=EPILOG)
+        command = subparsers.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=EPILOG, allow_abbrev=False
+        )
         adders[name](command)
         command.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes")
         command.add_argument("-v", "--verbose", action="store_true", help="more detail")

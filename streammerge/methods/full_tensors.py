@@ -93,7 +93,7 @@ def _read_tokens(
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
         return
     indices = _indices_for(part, config)
-    info = base.tensors[answer.tensor]
+    info = base.tensors.get(answer.alias or "", base.tensors[answer.tensor])
     if len(part.info.shape) != 2 or part.info.shape[0] != len(indices):
         reason = f"`{part.key.key}` has shape {list(part.info.shape)}, the config lists {len(indices)} token indices"
         raise ConfigContradictionError((part.key.key,), reason)

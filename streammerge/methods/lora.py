@@ -50,7 +50,8 @@ def read_lora(adapter: AdapterInput, base: BaseView) -> Contribution:
         else:
             info = resized.get(answer.alias or answer.tensor, base.tensors[answer.tensor])
             contribution.operations += _Module(module, answer, info, adapter, config, base).operations()
-    read_full_tensors(adapter, config, base, answers[len(wishes) :], contribution)
+    sized = replace(base, tensors={**base.tensors, **resized}) if resized else base
+    read_full_tensors(adapter, config, sized, answers[len(wishes) :], contribution)
     return contribution
 
 

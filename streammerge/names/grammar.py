@@ -8,7 +8,6 @@ for the caller to say. The invariant: `module` and `slot` do not depend on wrapp
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -134,7 +133,8 @@ class AdapterKey:
 
 def parse_key(key: str) -> AdapterKey:
     """`key` taken apart; never raises."""
-    path = _without_prefix([segment for segment in key.split(".") if segment not in _WRAPPERS])
+    segments = key.split(".")
+    path = _without_prefix([segment for segment in segments if segment not in _WRAPPERS] or segments[-1:])
     for end, segment in enumerate(path):
         if segment == "original_module" and end < len(path) - 1:
             return _full_tensor(key, path[:end] + path[end + 1 :], KeyKind.BASE_COPY, None)
@@ -145,8 +145,7 @@ def parse_key(key: str) -> AdapterKey:
         tail = _slot_tail(segment, path[end + 1 :]) if segment in SLOTS else None
         if tail and not (end and segment in _BARE):
             return _factor(key, path[:end], *tail)
-    copied = ("token_adapter", "base_layer") in itertools.pairwise(path)
-    return _full_tensor(key, path, KeyKind.BASE_COPY if copied else KeyKind.REPLACEMENT, None)
+    return _full_tensor(key, path, KeyKind.REPLACEMENT, None)
 
 
 def _without_prefix(path: list[str]) -> list[str]:

@@ -55,10 +55,12 @@ class Ties:
             self._refuse_unknown(drafts)
             return Settled({}, {})
         tied = self.architecture.ties(self.config)
-        pairs = [pair for target, source in tied.items() if (pair := self._on_disk(target, source, drafts))]
-        for pair in pairs:
-            _share_saved_base(drafts, pair)
-            _share_tokens(drafts, *pair)
+        pairs: list[tuple[str, str]] = []
+        for target, source in tied.items():
+            if pair := self._on_disk(target, source, drafts):
+                pairs.append(pair)
+                _share_saved_base(drafts, pair)
+                _share_tokens(drafts, self._spelling(source, drafts), pair)
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
@@ -200,10 +202,11 @@ def _share_saved_base(drafts: dict[str, Draft], pair: tuple[str, str]) -> None:
                 other.replaced_by = draft.replaced_by
 
 
-def _share_tokens(drafts: dict[str, Draft], physical: str, other: str) -> None:
-    """Token rows trained on one side of a tie are shared by both: PEFT's forward pass uses them on both sides."""
-    for here, there in ((physical, other), (other, physical)):
-        tokens = drafts[here].tokens if here in drafts else []
-        draft = drafts.setdefault(there, Draft()) if tokens else None
-        if draft is not None and not draft.tokens:
-            draft.operations += [replace(op, place=replace(op.place, tensor=there)) for op in tokens]
+def _share_tokens(drafts: dict[str, Draft], source: str, pair: tuple[str, str]) -> None:
+    """Token rows trained on the source of a tie, the input embedding, are shared by the other side unless it has rows
+    of its own; rows of the head are its own: so does PEFT in its forward pass."""
+    there = pair[1] if pair[0] == source else pair[0]
+    tokens = drafts[source].tokens if source in drafts else []
+    draft = drafts.setdefault(there, Draft()) if tokens else None
+    if draft is not None and not draft.tokens:
+        draft.operations += [replace(op, place=replace(op.place, tensor=there)) for op in tokens]

@@ -35,7 +35,7 @@ def test_a_run_prints_the_output_and_nothing_else_on_stdout(tmp_path: Path) -> N
     assert [line.split()[0] for line in lines[:2]] == ["1/2", "2/2"]
     assert {line.split()[1] for line in lines[:2]} == {path.name for path in base.glob("*.safetensors")}
     assert "100%" in lines[1]
-    assert lines[-1].startswith("4 tensors changed; 9.08 kB written in ")
+    assert lines[-1].startswith("4 tensors changed; 9.08 kB written and checked in ")
     assert "1 block read back and derived again" in lines[-1]
 
 

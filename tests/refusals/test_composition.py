@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streammerge.core.text import count_text
 from tests.refusals.making import (
     ALPHA,
     HIDDEN,
@@ -131,7 +132,8 @@ def test_as_many_weights_as_adapters_are_needed(tmp_path: Path, weights: tuple[s
     base = make_base(tmp_path / "base")
     adapters = [lora(tmp_path / f"a{number}") for number in range(count)]
     options = [word for weight in weights for word in ("--weight", weight)]
-    words = (f"{len(weights)} weights were given for {count} adapters", "one `--weight` for each adapter, in order")
+    given = f"{count_text(len(weights), 'weight')} given for {count_text(count, 'adapter')}"
+    words = (given, "one `--weight` for each adapter, in order")
     refused(2, *words, base=base, adapters=adapters, options=options)
 
 

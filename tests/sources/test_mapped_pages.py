@@ -1,0 +1,121 @@
+"""What is read through a mapping is given back: resident memory does not grow with what was read.
+
+The kernel counts: in `/proc/self/smaps`, for the mappings of one file.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import streammerge as sm
+from streammerge.compute.factors import MAPPED, FactorReader
+from streammerge.core.tensors import FactorView
+from streammerge.planning.values import check_finite
+from streammerge.sources.adapter import open_adapter
+from streammerge.sources.checkpoint import open_checkpoint
+
+SMAPS = Path("/proc/self/smaps")
+SLACK = 4 * 2**20
+"""Two huge pages: the kernel may map one whole where a byte of it is touched."""
+LONG, RANK = 2**19, 16
+SIZE = 4 * LONG * RANK
+"""32 MiB in each factor."""
+
+pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="resident pages are counted in Linux's /proc")
+
+
+def resident(path):
+    """Bytes of the file at `path` that are mapped into this process and present."""
+    total, inside = 0, False
+    for line in SMAPS.read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A base with one table of 1 MiB rows, and an adapter whose factors A and B have 32 MiB each."""
+    base, adapter = (tmp_path_factory.mktemp(name) for name in ("base", "adapter"))
+    save_file({"model.embed_tokens.weight": np.ones((LONG, 32), np.float32)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaModel"]}')
+    module = "base_model.model.model.embed_tokens"
+    factors = {
+        f"{module}.lora_embedding_A": np.full((RANK, LONG), 0.01, np.float32),
+        f"{module}.lora_embedding_B": np.full((32, RANK), 0.01, np.float32),
+        f"{module}.long": np.full((LONG, RANK), 0.01, np.float32),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+    return base, adapter
+
+
+@pytest.fixture
+def adapter(directories):
+    opened = open_adapter(str(directories[1]), "mmap")
+    yield opened
+    assert resident(directories[1] / "adapter_model.safetensors") < SLACK
+
+
+def test_what_is_not_given_back_is_counted(directories):
+    checkpoint = open_checkpoint(str(directories[0]), "mmap")
+    info = checkpoint.facts.tensors["model.embed_tokens.weight"]
+    assert bytes(checkpoint.files.read(info, 0, info.nbytes))[:4] == b"\x00\x00\x80\x3f"
+    assert resident(directories[0] / "model.safetensors") > 63 * 2**20
+
+
+def test_pieces_that_do_not_end_on_pages_leave_nothing_behind(directories):
+    checkpoint = open_checkpoint(str(directories[0]), "mmap")
+    info = checkpoint.facts.tensors["model.embed_tokens.weight"]
+    for start in range(0, info.nbytes, 100_001):
+        end = min(start + 100_001, info.nbytes)
+        assert len(bytes(checkpoint.files.read(info, start, end))) == end - start
+        checkpoint.files.give_back(info, start, end)
+    assert resident(directories[0] / "model.safetensors") < SLACK
+
+
+def test_samples_of_a_file_are_not_read_through_the_mapping(directories):
+    checkpoint = open_checkpoint(str(directories[0]), "mmap")
+    name = checkpoint.facts.shards[0].file
+    size = checkpoint.files.size(name)
+    for start in range(0, size - 8, size // 64):
+        assert len(checkpoint.files.raw(name, start, start + 8)) == 8
+    assert resident(directories[0] / name) == 0
+
+
+def test_checking_values_leaves_nothing_behind(adapter):
+    check_finite(adapter)
+
+
+def test_a_factor_read_in_parts_keeps_no_more_than_its_share(adapter, directories):
+    info = adapter.facts.tensors["base_model.model.model.embed_tokens.long"]
+    view = FactorView.matrix(0, info, LONG, RANK)
+    reader = FactorReader([adapter])
+    largest = 0
+    for start in range(0, LONG, 2**13):
+        reader.part(view, (start, start + 2**13), (0, RANK))
+        largest = max(largest, resident(directories[1] / "adapter_model.safetensors"))
+    assert 2**18 < largest < MAPPED + SLACK
+    reader.forget()
+
+
+def test_a_whole_plan_leaves_nothing_behind(directories, tmp_path):
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    tensors = {name: np.full(shape, 0.01, np.float32) for name, shape in shapes().items()}
+    save_file(tensors, copy / "adapter_model.safetensors")
+    (copy / "adapter_config.json").write_bytes((directories[1] / "adapter_config.json").read_bytes())
+    plan = sm.plan(directories[0], copy, read="mmap")
+    assert [tensor.name for tensor in plan.changed] == ["model.embed_tokens.weight"]
+    assert resident(copy / "adapter_model.safetensors") < SLACK
+
+
+def shapes():
+    """The factors of the embedding alone."""
+    module = "base_model.model.model.embed_tokens"
+    return {f"{module}.lora_embedding_A": (RANK, LONG), f"{module}.lora_embedding_B": (32, RANK)}
