@@ -23,7 +23,15 @@ SMALL = {
 }  # fmt: skip
 DECODER = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "tie_word_embeddings": False}
 EXPERTS = {**DECODER, "head_dim": 8, "num_local_experts": 3}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "n_positions": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 VISION = {key: value for key, value in SMALL.items() if not key.startswith(("vocab", "max"))}
 SHARD = "12KB"
 """Of a sharded base: three shards and more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from streammerge.core.dtypes import BITS
+from streammerge.core.dtypes import BITS, FLOATS
 from streammerge.core.errors import BudgetError
 from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, TensorInfo
@@ -31,7 +31,8 @@ def figures(
 
     Raises BudgetError where it does not hold one.
     """
-    tile, tile_of = max((_tile_memory(output), name) for name, output in outputs.items())
+    converts = options.dtype != "auto"
+    tile, tile_of = max((_tile_memory(output, converts), name) for name, output in outputs.items())
     state, state_of = max((_state_memory(output), name) for name, output in outputs.items())
     each = PIECE + tile
     whole = each + state
@@ -44,12 +45,13 @@ def figures(
     )
 
 
-def _tile_memory(output: OutputTensor) -> int:
-    """Bytes one worker needs for a tile of this tensor."""
-    if not output.operations:
-        return 2 * PIECE
+def _tile_memory(output: OutputTensor, converts: bool) -> int:
+    """Bytes one worker needs for a tile of this tensor; `converts` says that untouched floats get another dtype."""
     grid = grid_of(output.shape, output.operations)
     rows, cols = grid.tile_shape
+    if not output.operations:
+        converted = rows * cols * (FLOAT64 + FLOAT32 + BITS[output.dtype] // 8)
+        return max(2 * PIECE, converted if converts and output.dtype in FLOATS else 0)
     own = rows * cols * (TILE_COPIES * FLOAT64 + FLOAT32 + BITS[output.dtype] // 8)
     per_matrix: dict[int, int] = {}
     for operation in output.operations:

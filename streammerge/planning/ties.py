@@ -71,7 +71,8 @@ class Ties:
         notes = tuple(
             f"`{a}` and `{b}` were tied and differ now: both are written, the tie flag is set false" for a, b in parted
         )
-        return Settled(copies, self._copy_effects(drafts, pairs, parted), edits, notes)
+        _copy_effects(drafts, pairs, parted)
+        return Settled(copies, {}, edits, notes)
 
     def _on_disk(self, target: str, source: str, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
         """The stored side of a tie and the other, as spelled in this base; None if the tie is of no concern."""
@@ -136,17 +137,6 @@ class Ties:
                 duplicates |= dict.fromkeys(second.used() - drafts.get(physical, Draft()).used(), rule)
         return duplicates
 
-    def _copy_effects(
-        self, drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]], parted: Sequence[tuple[str, str]]
-    ) -> dict[tuple[int, str], str]:
-        """Ties that fall apart only because another one does: both sides get the same effect, none is a duplicate."""
-        for physical, other in pairs:
-            if (physical, other) not in parted and physical in drafts:
-                ours = drafts[physical]
-                moved = [replace(op, place=replace(op.place, tensor=other)) for op in ours.operations]
-                drafts[other] = Draft(ours.replacement, ours.replaced_by, moved)
-        return {}
-
     def _refuse_untied(self, parted: Sequence[tuple[str, str]], drafts: Mapping[str, Draft]) -> None:
         """An adapter that was trained with both sides tied and holds two different ones was damaged on its way.
 
@@ -189,6 +179,17 @@ class Ties:
                 said = f"the adapter changes `{name}` and the config says that embeddings are tied"
                 reason = f"{said}, but this class is not in the table of ties"
                 raise NotMergeableError((name,), reason)
+
+
+def _copy_effects(
+    drafts: dict[str, Draft], pairs: Sequence[tuple[str, str]], parted: Sequence[tuple[str, str]]
+) -> None:
+    """Ties that fall apart only because another one does: both sides get the same effect."""
+    for physical, other in pairs:
+        if (physical, other) not in parted and physical in drafts:
+            ours = drafts[physical]
+            moved = [replace(op, place=replace(op.place, tensor=other)) for op in ours.operations]
+            drafts[other] = Draft(ours.replacement, ours.replaced_by, moved)
 
 
 def _share_saved_base(drafts: dict[str, Draft], pair: tuple[str, str]) -> None:

@@ -109,9 +109,7 @@ def started(base: Path, adapter: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_a_run_with_its_code_and_leaves_nothing_loadable(
     tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
@@ -133,13 +131,11 @@ def test_the_first_signal_is_an_exception_the_second_is_not_waited_for_and_handl
     signum: signal.Signals,
 ) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted) as caught, interruptible():
-        try:
+    with interruptible():
+        with pytest.raises(Interrupted) as caught:
             signal.raise_signal(signum)
-        finally:
-            second = signal.getsignal(signum)
+        assert signal.getsignal(signum) is signal.SIG_DFL
     assert caught.value.exit_code == 128 + signum
-    assert second is signal.SIG_DFL
     assert signal.getsignal(signum) is before
 
 

@@ -89,7 +89,10 @@ def test_a_dry_run_is_the_plan(tmp_path: Path) -> None:
 def test_verbose_lists_every_tensor_that_a_plan_abridges(tmp_path: Path) -> None:
     names = [f"model.layers.{number}.self_attn.q_proj" for number in range(20)]
     tensors = {f"{name}.weight": normal(name, 16, 16, dtype="BF16") for name in names}
-    base, adapter = make_base(tmp_path / "base", tensors, shards=1), make_adapter(tmp_path / "adapter", all_factors(names))
+    base, adapter = (
+        make_base(tmp_path / "base", tensors, shards=1),
+        make_adapter(tmp_path / "adapter", all_factors(names)),
+    )
     short, long = call("plan", base, adapter).out, call("plan", base, adapter, "-v").out
     assert "... 8 more, all of them with -v" in short
     assert sum(f"{name}.weight" in short for name in names) == 12
@@ -103,7 +106,9 @@ def test_the_plan_as_json_is_one_document_with_every_tensor(tmp_path: Path) -> N
     outcome = call("plan", base, adapter, "--json")
     plan = json.loads(outcome.out)
     assert plan["version"] == 1
-    assert [item["name"] for item in plan["tensors"] if item["operations"]] == sorted(f"{name}.weight" for name in TARGETS)
+    assert [item["name"] for item in plan["tensors"] if item["operations"]] == sorted(
+        f"{name}.weight" for name in TARGETS
+    )
     assert {item["name"] for item in plan["tensors"]} == set(base_tensors())
     assert plan["figures"]["write"] == 9080
     assert call("run", base, adapter, "-o", tmp_path / "out", "--dry-run", "--json").out == outcome.out
@@ -188,6 +193,7 @@ def test_a_refusal_as_json_is_one_line_with_its_data(tmp_path: Path, command: st
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
+RUN = ("run", "{base}", "{adapter}", "-o", "{out}")
 WRONG = {
     "no command": ((), "COMMAND"),
     "an unknown command": (("merge",), "invalid choice: 'merge'"),
@@ -196,18 +202,18 @@ WRONG = {
     "no output": (("run", "{base}", "{adapter}"), "`--output` is missing"),
     "an unknown option": (("run", "{base}", "{adapter}", "--overwrit"), ""),
     "a misspelt option": (("run", "{base}", "{adapter}", "--owerwrite"), "did you mean --overwrite?"),
-    "a dtype of integers": (("run", "{base}", "{adapter}", "-o", "{out}", "--dtype", "int8"), "invalid choice: 'int8'"),
-    "a size without a number": (("run", "{base}", "{adapter}", "-o", "{out}", "--memory", "much"), "`much` is not a size"),
-    "a size of nothing": (("run", "{base}", "{adapter}", "-o", "{out}", "--max-shard-size", "0GB"), "`0GB` is not a size"),
-    "a unit nobody knows": (("run", "{base}", "{adapter}", "-o", "{out}", "--max-shard-size", "5XB"), "not a size"),
-    "workers below zero": (("run", "{base}", "{adapter}", "-o", "{out}", "-j", "-1"), "`workers` is -1"),
-    "an unknown device": (("run", "{base}", "{adapter}", "-o", "{out}", "--device", "tpu"), "not auto, cpu or cuda"),
-    "a weight that is no number": (("run", "{base}", "{adapter}", "-o", "{out}", "--weight", "x"), "invalid float value"),
+    "a dtype of integers": ((*RUN, "--dtype", "int8"), "invalid choice: 'int8'"),
+    "a size without a number": ((*RUN, "--memory", "much"), "`much` is not a size"),
+    "a size of nothing": ((*RUN, "--max-shard-size", "0GB"), "`0GB` is not a size"),
+    "a unit nobody knows": ((*RUN, "--max-shard-size", "5XB"), "not a size"),
+    "workers below zero": ((*RUN, "-j", "-1"), "`workers` is -1"),
+    "an unknown device": ((*RUN, "--device", "tpu"), "not auto, cpu or cuda"),
+    "a weight that is no number": ((*RUN, "--weight", "x"), "invalid float value"),
     "a sample of nothing": (("verify", "{out}", "--sample", "0%"), "not a share such as 5%"),
     "a sample of more than all": (("verify", "{out}", "--sample", "101%"), "not a share such as 5%"),
     "a sample and everything": (("verify", "{out}", "--sample", "5%", "--full"), "not allowed with argument"),
     "no job file": (("run", "--config"), "expected one argument"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
@@ -230,7 +236,15 @@ def test_every_command_has_help_on_stdout_that_lists_its_options_and_the_codes(c
     assert outcome.out.startswith(f"usage: streammerge {command} ")
     assert "exit codes: 0 done, 2 usage, 3 input" in " ".join(outcome.out.split())
     if command in ("run", "plan"):
-        for option in ("--weight", "--dtype", "--max-shard-size", "--memory", "--overwrite", "--allow-unused", "--json"):
+        for option in (
+            "--weight",
+            "--dtype",
+            "--max-shard-size",
+            "--memory",
+            "--overwrite",
+            "--allow-unused",
+            "--json",
+        ):
             assert option in outcome.out
     assert ("--dry-run" in outcome.out) == (command == "run")
 

@@ -50,13 +50,17 @@ def framed(tensors: dict[str, Stored], metadata: dict[str, str], *, pad: int = 0
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
-        header[name] = {"shape": list(tensor.shape), "data_offsets": [end, end + len(tensor.data)], "dtype": tensor.dtype}
+        header[name] = {
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(tensor.data)],
+            "dtype": tensor.dtype,
+        }
         end += len(tensor.data)
     text = json.dumps(header, indent=1 if spaced else None).encode() + b" " * pad
     return len(text).to_bytes(8, "little") + text + b"".join(tensor.data for tensor in tensors.values())
 
 
-# --- headers and bytes --------------------------------------------------------------------------------------------------
+# --- headers and bytes ----------------------------------------------------------------------------------------------
 def test_header_bytes_are_the_bases_while_names_shapes_and_dtypes_stay(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     tensors = load(base / FIRST)
@@ -115,7 +119,9 @@ def strange() -> dict[str, Stored]:
     } | {"model.buffers.flags": Stored("BOOL", (2,), b"\x01\x00")}
 
 
-@pytest.mark.parametrize("options", [(), ("--max-shard-size", "3kB"), ("--dtype", "float16")], ids=["keep", "reshard", "dtype"])
+@pytest.mark.parametrize(
+    "options", [(), ("--max-shard-size", "3kB"), ("--dtype", "float16")], ids=["keep", "reshard", "dtype"]
+)
 def test_tensors_of_dtypes_that_no_arithmetic_knows_are_copied_byte_for_byte(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -135,9 +141,11 @@ def test_scalars_and_empty_tensors_are_copied(tmp_path: Path) -> None:
     assert {name: written[name] for name in odd} == odd
 
 
-# --- dtype --------------------------------------------------------------------------------------------------------------
+# --- dtype ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("option", "dtype"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
-def test_the_dtype_option_is_that_of_every_float_tensor_and_of_the_config(tmp_path: Path, option: str, dtype: str) -> None:
+def test_the_dtype_option_is_that_of_every_float_tensor_and_of_the_config(
+    tmp_path: Path, option: str, dtype: str
+) -> None:
     base, adapter = make_base(tmp_path / "base", base_tensors(dtype="F16")), make_adapter(tmp_path / "adapter")
     merged(base, adapter, tmp_path / "out", "--dtype", option)
     assert {tensor.dtype for tensor in load_all(tmp_path / "out").values()} == {dtype}
@@ -164,7 +172,7 @@ def test_a_config_that_nothing_changes_keeps_its_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "out" / BASE_CONFIG).read_bytes() == (base / BASE_CONFIG).read_bytes()
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("size", "limit"), [("1kB", 1000), ("3kB", 3000), ("2KiB", 2048), ("4000", 4000)])
 def test_re_sharding_fills_files_up_to_the_size_and_indexes_them(tmp_path: Path, size: str, limit: int) -> None:
     base, adapter = inputs_at(tmp_path)
@@ -224,7 +232,10 @@ def test_sidecars_are_copied_with_their_folders_and_what_is_left_out_is_recorded
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     report = json.loads((tmp_path / "out" / MARKER).read_text())
     assert report["code"] == ["modeling_custom.py"]
-    assert report["left_out"] == {"checkpoint-10/": "a training checkpoint", "pytorch_model.gguf": "weights in another format"}
+    assert report["left_out"] == {
+        "checkpoint-10/": "a training checkpoint",
+        "pytorch_model.gguf": "weights in another format",
+    }
     assert not (tmp_path / "out" / "checkpoint-10").exists()
     assert "modeling_custom.py is copied; loaders may run it" in call("plan", base, adapter).out
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Tensors = dict[str, torch.Tensor]
 Loader = Callable[[Path, torch.dtype], nn.Module]
@@ -34,10 +36,10 @@ class Case:
 
     `trained_on` loads the model the adapter is trained on from the base; None: as what it was saved. `loads_as` loads
     the output; None: like `trained_on`. `prepare` is done to the model before the adapter is added, in training as in
-    the reference. `train` is done to the adapted model before it is saved, `save` are arguments of PEFT's
-    `save_pretrained`, or makes them. `edit` is done to a copy of the saved files, which streammerge then gets; PEFT reads the copy
-    only if `peft_reads_edit`. `rename` turns the reference's tensor names into those of the output, or into None
-    for one that the output need not have; `formula` makes the expected tensors from the base (float64), its path and
+    the reference. `train` is done to the adapted model before it is saved; `save` are arguments of PEFT's
+    `save_pretrained`, or makes them. `edit` is done to a copy of the saved files, which streammerge then gets; PEFT
+    reads the copy only if `peft_reads_edit`. `rename` turns the reference's tensor names into those of the output, or
+    into None for one that the output need not have; `formula` makes the expected tensors from the base (float64) and
     the adapter's directory.
     """
 

@@ -7,13 +7,15 @@ case the adapter's forward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from tests.oracle.case import Case, Oracle
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TABLES = ("embed_tokens.weight", "wte.weight", "wpe.weight", "word_embeddings.weight")
 """Where PEFT rounds the delta before it adds it: tables, but not heads."""
@@ -38,10 +40,8 @@ def _case(name: str, base: str, lora: dict[str, Any], **more: Any) -> Case:
     return Case(name, base, lora, rounds_twice=TABLES, **more)
 
 
-def _tied(
-    name: str, lora: dict[str, Any], config: dict[str, Any], oracle: Oracle = Oracle.UNTIED, **more: Any
-) -> Case:
-    rename = without_head if config is TIED and oracle is Oracle.UNTIED else None
+def _tied(name: str, lora: dict[str, Any], config: dict[str, Any], oracle: Oracle = Oracle.UNTIED, **more: Any) -> Case:
+    rename = without_head if config["tie_word_embeddings"] and oracle is Oracle.UNTIED else None
     base = more.pop("base", "llama-tied")
     return _case(f"tied-{name}", base, lora, config=config, oracle=oracle, rename=rename, **more)
 
@@ -92,6 +92,10 @@ UNTIED_CASES = [
         prepare=grow,
         config={"vocab_size": GROWN},
     ),
+    _case(
+        "tokens-and-resized", "llama", {"target_modules": QUERY, "trainable_token_indices": [3, 66, 67]}, prepare=grow
+    ),
+    _case("tokens-forced", "llama", {"target_modules": QUERY, "trainable_token_indices": [3, 46]}, save=FORCED),
 ]
 TIED_CASES = [
     _tied("linear", {"target_modules": QUERY}, TIED, Oracle.MERGE),
@@ -138,14 +142,29 @@ TIED_CASES = [
     _tied("resized-embedding", {"target_modules": ["embed_tokens"]}, PARTED | {"vocab_size": GROWN}, prepare=grow),
     _tied("resized-head", {"target_modules": ["lm_head"]}, PARTED | {"vocab_size": GROWN}, prepare=grow),
     _tied("resized-both", both(), PARTED | {"vocab_size": GROWN}, prepare=grow),
-]
-TIED_CASES += [
-    _tied("replaced-head-ensured", {"target_modules": QUERY, "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, TIED),
-    _tied("tokens-apart", {"target_modules": QUERY, "trainable_token_indices": {"embed_tokens": [44, 45], "lm_head": [0]}}, PARTED),
-    _tied("tokens-and-resized", {"target_modules": QUERY, "trainable_token_indices": [3, 66, 67]}, TIED, prepare=grow),
+    _tied(
+        "replaced-head-ensured",
+        {"target_modules": QUERY, "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        TIED,
+    ),
+    _tied(
+        "tokens-apart",
+        {"target_modules": QUERY, "trainable_token_indices": {"embed_tokens": [44, 45], "lm_head": [0]}},
+        PARTED,
+    ),
+    _tied(
+        "tokens-and-resized",
+        {"target_modules": QUERY, "trainable_token_indices": [3, 66, 67]},
+        TIED | {"vocab_size": GROWN},
+        prepare=grow,
+    ),
     _tied("tokens-head-dict", {"target_modules": QUERY, "trainable_token_indices": {"lm_head": [44, 45]}}, PARTED),
-    _tied("tokens-both-forced", {"target_modules": QUERY, "trainable_token_indices": [3, 4]}, TIED, Oracle.MERGE, save=FORCED),
-    _case("tokens-and-resized", "llama", {"target_modules": QUERY, "trainable_token_indices": [3, 66, 67]}, prepare=grow),
-    _case("tokens-forced", "llama", {"target_modules": QUERY, "trainable_token_indices": [3, 46]}, save=FORCED),
+    _tied(
+        "tokens-both-forced",
+        {"target_modules": QUERY, "trainable_token_indices": [3, 4]},
+        TIED,
+        Oracle.MERGE,
+        save=FORCED,
+    ),
 ]
 CASES = [*UNTIED_CASES, *TIED_CASES]

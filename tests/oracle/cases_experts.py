@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factories import EXPERTS as CONFIG
 from tests.oracle.case import Case
 from tests.oracle.editing import WEIGHTS, Edit, set_config
+
+if TYPE_CHECKING:
+    import torch
 
 GPT_OSS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LLAMA4 = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
@@ -25,7 +28,9 @@ def turned(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     experts = CONFIG["num_local_experts"]
     rank = a.shape[0] // experts
     stacked_a, stacked_b = a.view(experts, rank, -1), b.view(-1, rank, experts)
-    return stacked_b.permute(2, 1, 0).reshape(experts * rank, -1), stacked_a.permute(2, 1, 0).reshape(-1, rank * experts)
+    return stacked_b.permute(2, 1, 0).reshape(experts * rank, -1), stacked_a.permute(2, 1, 0).reshape(
+        -1, rank * experts
+    )
 
 
 def turn(adapter: Path) -> None:

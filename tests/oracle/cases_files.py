@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from tests.factories import load, load_as
 from tests.oracle.case import Case, Oracle, Tensors
 from tests.oracle.editing import PREFIX, WEIGHTS, as_pickle, read_config, rename_keys
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 LORA = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 REPLICATION = [[0, 2], [1, 2], [0, 1]]
@@ -46,7 +48,9 @@ def inside(name: str) -> str | None:
 def converted(model: PeftModel, where: Path) -> Mapping[str, Any]:
     """Save with the initial adapter taken off, so that the result is a plain LoRA of twice the rank."""
     config = model.peft_config["default"]
-    lora = {name: getattr(config, name) for name in ("r", "lora_alpha", "init_lora_weights", "target_modules", "use_rslora")}
+    lora = {
+        name: getattr(config, name) for name in ("r", "lora_alpha", "init_lora_weights", "target_modules", "use_rslora")
+    }
     base = load("llama", Path(config.base_model_name_or_path), model.dtype)
     initial = get_peft_model(base, LoraConfig(**lora))
     initial.peft_config["default"].init_lora_weights = True

@@ -31,6 +31,11 @@ CASES = [
     Case("conv3d-1x1x1", "convolutions", {"target_modules": ["point"]}, Oracle.FORMULA, formula=point_convolution),
     # PEFT adds out_proj's delta twice, in the forward pass as in the merge.
     Case("attention", "attention", {"target_modules": ["attn"]}, rounds_twice=ATTENTION),
-    Case("attention-and-linear", "attention", {"target_modules": ["attn", "head"], "use_rslora": True}, rounds_twice=ATTENTION),
+    Case(
+        "attention-and-linear",
+        "attention",
+        {"target_modules": ["attn", "head"], "use_rslora": True},
+        rounds_twice=ATTENTION,
+    ),
     Case("attention-bias", "attention", {"target_modules": ["attn"], "bias": "all"}, rounds_twice=ATTENTION),
 ]

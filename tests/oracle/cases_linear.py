@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from tests.factories import load_as
 from tests.oracle.case import Case
 from tests.oracle.editing import set_config
 
+if TYPE_CHECKING:
+    from torch import nn
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CONV1D = ["c_attn", "c_proj", "c_fc"]
-RANKS = {"rank_pattern": {"layers.0.*q_proj": 6, "q_proj": 2}, "alpha_pattern": {"v_proj": 5, "layers.1.self_attn.v_proj": 9}}
+RANKS = {
+    "rank_pattern": {"layers.0.*q_proj": 6, "q_proj": 2},
+    "alpha_pattern": {"v_proj": 5, "layers.1.self_attn.v_proj": 9},
+}
 """The first pattern that matches wins: q_proj of layer 0 has rank 6, v_proj of layer 1 alpha 5."""
 
 

@@ -59,7 +59,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note whether every test of a case passes."""
     path, _, rest = report.nodeid.partition("::")
-    if path.startswith("tests/oracle/") and "[" in rest:
+    if path.startswith("tests/oracle/") and "@" in rest:
         case = rest[rest.index("[") + 1 : -1].partition("@")[0]
         _TALLY[case] = _TALLY.get(case, True) and not report.failed
 

@@ -17,7 +17,7 @@ SUMS = {
     "one-of-them-zero": (("linear", "rslora"), (0.0, 0.5)),
     "one-halved": (("linear",), (0.5,)),
     "biases": (("lora-bias", "linear"), (0.25, 2.0)),
-    "conv1d": (("conv1d", "conv1d-and-linear-head"), (0.6, 0.6)),
+    "conv1d": (("conv1d", "conv1d-saved-as-not-transposed"), (0.6, 0.7)),
     "embedding-and-linear": (("embedding-not-saved", "linear"), (-1.0, 0.3)),
     "experts": (("experts-gpt-oss", "experts-gpt-oss-rslora"), (0.3, 0.9)),
 }

@@ -103,7 +103,11 @@ def save(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str] 
 def as_torch(tensor: Stored) -> torch.Tensor:
     """The tensor as torch has it."""
     dtype = TORCH_DTYPES[tensor.dtype]
-    return torch.frombuffer(bytearray(tensor.data), dtype=dtype).view(tensor.shape) if tensor.data else torch.empty(tensor.shape, dtype=dtype)
+    return (
+        torch.frombuffer(bytearray(tensor.data), dtype=dtype).view(tensor.shape)
+        if tensor.data
+        else torch.empty(tensor.shape, dtype=dtype)
+    )
 
 
 def load(path: Path) -> dict[str, Stored]:
@@ -112,10 +116,11 @@ def load(path: Path) -> dict[str, Stored]:
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
-    return {
-        name: Stored(item["dtype"], tuple(item["shape"]), raw[start + item["data_offsets"][0] : start + item["data_offsets"][1]])
-        for name, item in header.items()
-    }  # fmt: skip
+    found = {}
+    for name, item in header.items():
+        first, last = item["data_offsets"]
+        found[name] = Stored(item["dtype"], tuple(item["shape"]), raw[start + first : start + last])
+    return found
 
 
 def load_all(root: Path) -> dict[str, Stored]:
@@ -134,7 +139,11 @@ def base_tensors(*, dtype: str = "BF16", head: bool = True) -> dict[str, Stored]
 
 
 def make_base(
-    root: Path, tensors: Mapping[str, Stored] | None = None, *, shards: int = 2, changes: Mapping[str, Any] | None = None
+    root: Path,
+    tensors: Mapping[str, Stored] | None = None,
+    *,
+    shards: int = 2,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """A base checkpoint: config.json with `changes`, the weights in one file or in several with an index."""
     tensors = base_tensors() if tensors is None else tensors

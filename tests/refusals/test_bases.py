@@ -10,7 +10,6 @@ import pytest
 
 from tests.refusals.making import (
     HIDDEN,
-    INNER,
     MARKER,
     PREFIX,
     RANK,
@@ -237,9 +236,7 @@ def test_an_unknown_class_that_says_its_embeddings_are_tied_is_refused_for_them(
 def test_a_head_that_the_base_does_not_have_is_written_as_a_new_tensor_and_said(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     head = normal("score", 3, HIDDEN)
-    adapter = make_adapter(
-        tmp_path / "adapter", all_factors() | {f"{PREFIX}score.weight": head}, task_type="SEQ_CLS"
-    )
+    adapter = make_adapter(tmp_path / "adapter", all_factors() | {f"{PREFIX}score.weight": head}, task_type="SEQ_CLS")
     outcome = merged(base, adapter, tmp_path / "out")
     assert "note: `score.weight` is not in the base and is written as a new tensor" in outcome.err
     assert load_all(tmp_path / "out")["score.weight"] == head

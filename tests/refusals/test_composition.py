@@ -1,4 +1,4 @@
-"""Several adapters at once: what has a sum is summed, what has none is refused, and weights on what cannot be weighted."""
+"""Several adapters at once: what has a sum is summed, what has none is refused, and so are weights on it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,10 @@ def test_a_weight_on_what_has_no_weighted_form_is_refused(tmp_path: Path, adapte
 
 def test_weights_scale_the_deltas_of_their_adapters_in_order(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    one, two = lora(tmp_path / "one", Q0, r=RANK), make_adapter(tmp_path / "two", {k: stored(values_of(v) * 2) for k, v in factors(Q0).items()})
+    one, two = (
+        lora(tmp_path / "one", Q0, r=RANK),
+        make_adapter(tmp_path / "two", {k: stored(values_of(v) * 2) for k, v in factors(Q0).items()}),
+    )
     merged(base, [one, two], tmp_path / "out", "--weight", 0.5, "--weight", -2, "--dtype", "float32")
     a, b = factors(Q0).values()
     # The second pair is twice the first, so its product is four times as large: 0.5 * 1 - 2 * 4.

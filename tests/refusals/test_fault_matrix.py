@@ -76,7 +76,9 @@ def test_one_projection_renamed_is_refused_and_each_of_its_keys_is_named(tmp_pat
 
 def test_one_projection_of_one_layer_renamed_is_refused(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", renamed("layers.1.self_attn.v_proj", "layers.1.self_attn.v_projection"))
+    adapter = make_adapter(
+        tmp_path / "adapter", renamed("layers.1.self_attn.v_proj", "layers.1.self_attn.v_projection")
+    )
     refused(4, f"2 of {2 * len(TARGETS)} adapter keys", "layers.1.self_attn.v_projection", base=base, adapters=adapter)
 
 

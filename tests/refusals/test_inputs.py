@@ -39,7 +39,7 @@ def edit_index(base: Path, change: Callable[[dict[str, str]], None]) -> None:
     write_json(base / INDEX, document)
 
 
-# --- missing ----------------------------------------------------------------------------------------------------------
+# --- missing --------------------------------------------------------------------------------------------------------
 def test_a_missing_base_or_adapter_is_named(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     refused(3, f"`{tmp_path / 'nobase'}` does not exist", base=tmp_path / "nobase", adapters=adapter)
@@ -113,7 +113,7 @@ def test_a_subfolder_that_could_lead_outside_is_refused(tmp_path: Path, subfolde
     assert not (tmp_path / "out").exists()
 
 
-# --- the index --------------------------------------------------------------------------------------------------------
+# --- the index ------------------------------------------------------------------------------------------------------
 def test_a_shard_that_the_index_names_and_that_is_not_there_is_named(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     (base / SECOND).unlink()
@@ -142,8 +142,16 @@ def test_a_tensor_that_the_index_leaves_out_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "..\\x.safetensors", "c:x.safetensors", ".."]
-)  # fmt: skip
+    "file",
+    [
+        "../secret.safetensors",
+        "/etc/secret.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "c:x.safetensors",
+        "..",
+    ],
+)
 def test_a_weight_map_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path, file: str) -> None:
     base, adapter = inputs_at(tmp_path)
     save(tmp_path / "secret.safetensors", {"model.norm.weight": base_tensors()["model.norm.weight"]})
@@ -160,7 +168,7 @@ def test_one_shard_of_a_sharded_checkpoint_is_not_taken_for_a_base(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-# --- malformed --------------------------------------------------------------------------------------------------------
+# --- malformed ------------------------------------------------------------------------------------------------------
 MALFORMED = {
     "config.json cut short": (BASE_CONFIG, lambda data: data[:-20], "not JSON"),
     "config.json a list": (BASE_CONFIG, lambda data: b"[]", "not a JSON object at the top"),
@@ -203,7 +211,7 @@ def test_a_malformed_adapter_is_refused(tmp_path: Path, file: str, data: bytes, 
     refused(3, file, words, base=base, adapters=adapter)
 
 
-# --- unsafe -----------------------------------------------------------------------------------------------------------
+# --- unsafe ---------------------------------------------------------------------------------------------------------
 def test_a_link_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     (base / SECOND).rename(tmp_path / "elsewhere.safetensors")
@@ -258,7 +266,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     refused(3, f"cannot open `{base / BASE_CONFIG}`: Permission denied", base=base, adapters=adapter)
 
 
-# --- changing while they are read ---------------------------------------------------------------------------------------
+# --- changing while they are read -----------------------------------------------------------------------------------
 def changing(base: Path, adapter: Path, out: Path, change: Callable[[], None], **options: object) -> InputReadError:
     """Merge, change something when the run has begun, and hand back what it was stopped by."""
 

@@ -21,9 +21,10 @@ BASE_FIELDS = (
     "auto_map", "torch_dtype", "layer_types", "is_encoder_decoder", "decoder", "n_layer",
 )  # fmt: skip
 ADAPTER_FIELDS = (
-    *ADAPTER_CONFIG, "use_rslora", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "init_lora_weights", "rank_pattern",
-    "alpha_pattern", "target_parameters", "modules_to_save", "layer_replication", "trainable_token_indices",
-    "ensure_weight_tying", "base_model_name_or_path", "eva_config", "auto_mapping", "megatron_core",
+    *ADAPTER_CONFIG, "use_rslora", "use_dora", "lora_bias", "bias", "fan_in_fan_out", "init_lora_weights",
+    "rank_pattern", "alpha_pattern", "target_parameters", "modules_to_save", "layer_replication",
+    "trainable_token_indices", "ensure_weight_tying",
+    "base_model_name_or_path", "eva_config", "auto_mapping", "megatron_core",
 )  # fmt: skip
 
 

@@ -57,7 +57,9 @@ def stopped(base: Path, adapter: Path, out: Path, *words: str, options: tuple[st
     assert states(out) == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", BASE_CONFIG, "model.safetensors", ".hidden", "sub/file", ".streammerge-old/x"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", BASE_CONFIG, "model.safetensors", ".hidden", "sub/file", ".streammerge-old/x"]
+)
 @pytest.mark.parametrize("options", [(), ("--overwrite",)], ids=["plain", "overwrite"])
 def test_a_directory_with_foreign_files_is_refused(tmp_path: Path, name: str, options: tuple[str, ...]) -> None:
     base, adapter = inputs_at(tmp_path)

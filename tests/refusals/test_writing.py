@@ -225,7 +225,9 @@ def test_a_file_is_renamed_only_after_its_bytes_are_synced_and_a_marker_only_aft
             assert source in synced, f"{source} is renamed before it is synced"
             synced.add(target)
             if target in (INDEX, BASE_CONFIG, MARKER):
-                waiting = {path for folder, paths in renamed_into.items() if not folder.startswith(STAGING) for path in paths}
+                waiting = {
+                    path for folder, paths in renamed_into.items() if not folder.startswith(STAGING) for path in paths
+                }
                 assert not waiting, f"{target} appears before the directory entries of {waiting} are durable"
             renamed_into.setdefault(str(Path(target).parent), set()).add(target)
     assert MARKER in durable
