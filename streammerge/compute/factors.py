@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Key = tuple[FactorView, tuple[int, int], tuple[int, int]]
+SPREAD = 4
+"""Where nothing is mapped, elements that are spread over more than so many times their number are read line by line: a
+few rows of a transposed factor reach from one end of it to the other."""
 MAPPED = 4 * 2**20
 """Bytes that are read through the mapping of an adapter before its pages are given back."""
 
@@ -57,18 +60,29 @@ class FactorReader:
         import torch
 
         adapter = self._adapters[view.adapter]
-        info = adapter.facts.tensors[view.key]
-        width = itemsize(info.dtype)
-        high = low + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
-        data = adapter.files.read(info, low * width, high * width)
-        flat = torch.frombuffer(data, dtype=torch_dtype(info.dtype))
         values = torch.empty(shape, dtype=torch.float64)
-        values.copy_(flat.as_strided(shape, strides))
+        reach = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
+        if adapter.files.mapped or reach <= SPREAD * values.numel():
+            self._copy(values, view, low, strides)
+        else:
+            axis = strides.index(max(strides))
+            for number, line in enumerate(values.unbind(axis)):
+                self._copy(line, view, low + number * strides[axis], strides[:axis] + strides[axis + 1 :])
         self._touched.add((view.adapter, view.key))
-        self._mapped += values.numel() * width
+        self._mapped += values.numel() * itemsize(view.dtype)
         if self._mapped > MAPPED:
             self._give_back()
         return values
+
+    def _copy(self, target: Tensor, view: FactorView, low: int, strides: tuple[int, ...]) -> None:
+        """Fill `target` with the elements from `low` on."""
+        import torch
+
+        adapter = self._adapters[view.adapter]
+        width = itemsize(view.dtype)
+        high = low + sum((n - 1) * step for n, step in zip(target.shape, strides, strict=True)) + 1
+        data = adapter.files.read(adapter.facts.tensors[view.key], low * width, high * width)
+        target.copy_(torch.frombuffer(data, dtype=torch_dtype(view.dtype)).as_strided(target.shape, strides))
 
     def _give_back(self) -> None:
         """Let go of the pages that were read: the values are copies."""
