@@ -48,8 +48,8 @@ class StatsCollector:
         if not tiles:
             return None
         sampled = sum(stats.sampled for stats in tiles)
-        survived = sum(stats.survived for stats in tiles) / sampled if sampled else None
-        return TensorStats(sum(stats.delta for stats in tiles) ** 0.5, survived)
+        survived = _shared(sum(stats.survived for stats in tiles) / sampled) if sampled else None
+        return TensorStats(_shared(sum(stats.delta for stats in tiles) ** 0.5), survived)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,13 @@ class Report:
 
     @property
     def changed(self) -> int:
-        """How many tensors were changed."""
-        return len(self.document["tensors"])
+        """How many tensors were changed: those with an effect that is not zero."""
+        return sum(entry.get("delta_norm") != 0 for entry in self.document["tensors"].values())
+
+    @property
+    def without_effect(self) -> int:
+        """How many tensors were targeted by factors that are zero."""
+        return len(self.document["tensors"]) - self.changed
 
     def as_data(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -100,6 +105,11 @@ class Report:
             "blocks_rederived": self.rederived,
             "notes": list(self.notes),
         }
+
+
+def _shared(value: float) -> float:
+    """The digits of a sum that machines agree on; the last ones depend on how a library adds."""
+    return float(f"{value:.9g}")
 
 
 def document_of(

@@ -78,6 +78,8 @@ def _sentence(report: Report) -> str:
         f"{count_text(report.changed, 'tensor')} changed",
         f"{size_text(written)} written{' and checked' if report.checked else ''} in {duration_text(report.seconds)}",
     ]
+    if report.without_effect:
+        words.insert(1, f"{report.without_effect} targeted without effect (B = 0)")
     if report.rederived:
         words.append(f"{count_text(report.rederived, 'block')} read back and derived again")
     lost = _least_survived(report)

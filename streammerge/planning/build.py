@@ -32,7 +32,7 @@ from streammerge.planning.quantized import refuse_low_bit, refuse_quantized
 from streammerge.planning.replicate import Edit, Stock, one_replication, replicate
 from streammerge.planning.sidecars import SidecarPlan, plan_sidecars
 from streammerge.planning.ties import Settled, Ties
-from streammerge.planning.values import PIECE, check_finite, operation_facts, parts_of
+from streammerge.planning.values import PIECE, check_finite, facts_of, parts_of
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
 
@@ -63,10 +63,7 @@ class _Builder:
             ignored[number][key] = rule
         outputs = self._outputs(stock, settled, drafts)
         self._check_ledger(drafts, outputs, stock, ignored)
-        facts = {
-            name: tuple(operation_facts(op, self.adapters) for op in output.operations)
-            for name, output in outputs.items()
-        }
+        facts = facts_of(outputs.values(), self.adapters, self.options.worker_count())
         ledger.check_effect(outputs.values(), facts, self.weights)
         layout = lay_out(self.base, outputs, stock.sources, self.options.shard_limit())
         rows = changed_rows(drafts, stock.tensors)
@@ -110,7 +107,7 @@ class _Builder:
             ignored.append(dict(part.ignored) | ledger.let_go(contribution, adapter, self.options.allow_unused))
             contributions.append(contribution)
         for adapter in self.adapters:
-            check_finite(adapter)
+            check_finite(adapter, self.options.worker_count())
         return stock, contributions, ignored
 
     def _outputs(self, stock: Stock, settled: Settled, drafts: Mapping[str, Draft]) -> dict[str, OutputTensor]:

@@ -103,8 +103,10 @@ class MergePlan:
         ]
 
     def digest(self) -> str:
-        """SHA-256 of everything in the plan that can change a byte of the output."""
+        """SHA-256 of everything in the plan that can change a byte of the output. Norms are not in it: they follow from
+        the adapter's digest, and their last bits from the machine."""
         decisive = {name: value for name, value in self.as_data().items() if name not in ("figures", "notes")}
+        decisive["tensors"] = [_tensor_data(tensor, ()) for tensor in self.tensors.values()]
         decisive["sidecars"] = [(sidecar.name, sidecar.origin) for sidecar in self.sidecars]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

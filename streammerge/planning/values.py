@@ -6,22 +6,26 @@ numpy only, in bounded pieces: a plan must not load torch, and an adapter may be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import FLOATS, as_numpy, itemsize
 from streammerge.core.errors import NonFiniteError, NotMergeableError
-from streammerge.core.tensors import FactorView, Operation, TensorInfo
+from streammerge.core.tensors import FactorView, Operation, OutputTensor, TensorInfo
 from streammerge.methods.parts import Parts, sort_parts
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-PIECE = 2**20
-"""Elements of a factor that are converted at a time."""
+LEAST_TRACE = 1e-20
+"""Below this sum of squares, float32 may have lost the small ones among them."""
+PIECE = 2**19
+"""Elements of a factor that a thread converts at a time."""
 
 
 def parts_of(adapter: Adapter) -> Parts:
@@ -29,27 +33,42 @@ def parts_of(adapter: Adapter) -> Parts:
     return sort_parts(adapter.facts.tensors, lambda a, b: same_tensor((adapter, a), (adapter, b)))
 
 
-def check_finite(adapter: Adapter) -> None:
+def check_finite(adapter: Adapter, workers: int) -> None:
     """Refuse NaN and infinity anywhere in the adapter, and factors of a dtype no arithmetic is done on."""
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(lambda info: _check_finite(adapter, info), adapter.facts.tensors.values()):
+            pass  # the first refusal in the order of the file is raised here
+
+
+def _check_finite(adapter: Adapter, info: TensorInfo) -> None:
     import numpy as np
 
-    for name, info in adapter.facts.tensors.items():
-        if info.dtype not in FLOATS:
-            raise NotMergeableError(
-                (name,), f"the adapter tensor `{name}` has dtype {info.dtype}, which is not a float that is merged"
-            )
-        width = itemsize(info.dtype)
-        for start in range(0, info.nbytes, PIECE * width):
-            end = min(start + PIECE * width, info.nbytes)
-            finite = np.isfinite(as_numpy(adapter.files.read(info, start, end), info.dtype))
-            if not finite.all():
-                index = start // width + int(finite.argmin())
-                raise NonFiniteError(
-                    (name,),
-                    f"the adapter tensor `{name}` is not finite at element {index:,}",
-                    "the training run diverged, or the file is damaged",
-                )
-        adapter.files.give_back(info, 0, info.nbytes)
+    if info.dtype not in FLOATS:
+        reason = f"the adapter tensor `{info.name}` has dtype {info.dtype}, which is not a float that is merged"
+        raise NotMergeableError((info.name,), reason)
+    width = itemsize(info.dtype)
+    for start in range(0, info.nbytes, PIECE * width):
+        end = min(start + PIECE * width, info.nbytes)
+        values = as_numpy(adapter.files.read(info, start, end), info.dtype)
+        if _surely_finite(values):
+            continue
+        finite = np.isfinite(values)
+        if not finite.all():
+            index = start // width + int(finite.argmin())
+            reason = f"the adapter tensor `{info.name}` is not finite at element {index:,}"
+            raise NonFiniteError((info.name,), reason, "the training run diverged, or the file is damaged")
+    adapter.files.give_back(info, 0, info.nbytes)
+
+
+def _surely_finite(values: NDArray[Any]) -> bool:
+    """Whether the sum of squares is finite, and with it every value: three times as fast as asking each of them. Very
+    large values overflow it, and half precision has no product worth the name: False leaves the question open."""
+    import numpy as np
+
+    if values.dtype == np.float16:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(values, values)))
 
 
 def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int, int] | None = None) -> NDArray[Any]:
@@ -67,6 +86,22 @@ def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int,
     steps = tuple(step * width for step in view.strides)
     gathered = np.ascontiguousarray(np.lib.stride_tricks.as_strided(words, shape, steps, writeable=False))
     return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(shape)
+
+
+def facts_of(
+    outputs: Iterable[OutputTensor], adapters: Sequence[Adapter], workers: int
+) -> dict[str, tuple[OperationFacts, ...]]:
+    """The facts of every operation by output name. A factor's pages are given back with its output's last operation."""
+
+    def facts(output: OutputTensor) -> tuple[str, tuple[OperationFacts, ...]]:
+        found = tuple(operation_facts(operation, adapters) for operation in output.operations)
+        for view in {view.key: view for op in output.operations for view in op.factors.values()}.values():
+            info = adapters[view.adapter].facts.tensors[view.key]
+            adapters[view.adapter].files.give_back(info, 0, info.nbytes)
+        return output.name, found
+
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(pool.map(facts, outputs))
 
 
 def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> OperationFacts:
@@ -91,24 +126,32 @@ def _facts(norm: float) -> OperationFacts:
 
 
 def _gram(wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:
-    """`F @ F.T` in float64 of a factor F (rank, long), piece by piece along the long axis: ||B A||^2 is the sum of the
-    elementwise product of the two factors' Gram matrices."""
+    """`F @ F.T` of a factor F (rank, long): ||B A||^2 is the sum of the elementwise product of the two factors' Gram
+    matrices. In float32, whose six digits are enough for a norm, unless that under- or overflows."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = _gram_in(np.dtype(np.float32), wide, adapters)
+    if np.isfinite(single).all() and single.trace() > LEAST_TRACE:
+        return single.astype(np.float64)
+    return _gram_in(np.dtype(np.float64), wide, adapters)
+
+
+def _gram_in(dtype: np.dtype[Any], wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:
+    """The Gram matrix in one precision, piece by piece along the long axis."""
     import numpy as np
 
     rank, length = wide.shape
-    total: NDArray[Any] = np.zeros((rank, rank))
+    total: NDArray[Any] = np.zeros((rank, rank), dtype)
     step = max(1, PIECE // rank)
     for start in range(0, length, step):
         size, offset = min(step, length - start), wide.offset + start * wide.strides[1]
         piece = replace(wide, shape=(rank, size), offset=offset)
         if wide.strides[1] == 1:
-            values = np.asarray(factor_array(piece, adapters), np.float64)
+            values = np.asarray(factor_array(piece, adapters), dtype)
         else:  # gathered as it lies in the file: transposing it there would take longer than the product
-            values = np.asarray(factor_array(piece.t, adapters), np.float64).T
+            values = np.asarray(factor_array(piece.t, adapters), dtype).T
         total += values @ values.T
-    adapter = adapters[wide.adapter]
-    info = adapter.facts.tensors[wide.key]
-    adapter.files.give_back(info, 0, info.nbytes)
     return total
 
 

@@ -154,4 +154,3 @@ def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
         if io.exists(root / "adapter_config.json")
         else "",
     )
-
