@@ -88,8 +88,8 @@ def execute(
     directory.refuse_inside([inputs.checkpoint.facts.root, *(adapter.facts.root for adapter in inputs.adapters)])
     fingerprint = fingerprint_of(plan, inputs.checkpoint)
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
-    if directory.state() is not State.FINISHED:
-        check_space(plan, output)
+    if overwrite or directory.state() is not State.FINISHED:
+        check_space(plan, output, directory.reclaimable())
     if not directory.claim(plan.digest(), fingerprint, files, overwrite=overwrite):
         document = strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
         return Report(output, document, "already complete", time.monotonic() - began)
@@ -107,11 +107,12 @@ def execute(
     return Report(output, document, "done", time.monotonic() - began, notes=plan.notes)
 
 
-def check_space(plan: MergePlan, output: Path) -> None:
-    """Raise NoSpaceError if the file system of `output` has less free than the plan writes."""
+def check_space(plan: MergePlan, output: Path, reclaimable: int) -> None:
+    """Raise NoSpaceError if the file system of `output` has less free than the plan writes, with what will be removed
+    before that counted as free."""
     existing = next(path for path in (output, *output.absolute().parents) if io.exists(path))
     needed = plan.figures.write + sum(io.size_of(sidecar.path) for sidecar in plan.sidecars)
-    free = io.free_space(existing)
+    free = io.free_space(existing) + reclaimable
     if free < needed:
         raise NoSpaceError(str(existing), needed=needed, free=free)
 

@@ -6,9 +6,9 @@ sides of a tie that are both on disk.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import xxhash
@@ -19,9 +19,11 @@ from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, Replacement, Source, Stored, TensorInfo
 from streammerge.core.text import some_of
 from streammerge.methods.lora_config import parse_config
+from streammerge.methods.parts import Parts
 from streammerge.methods.readers import read_adapter
 from streammerge.methods.reading import AdapterInput, BaseView, Contribution
 from streammerge.names.architectures import architecture_of
+from streammerge.names.resolve import Resolver
 from streammerge.planning import ledger
 from streammerge.planning.config_edits import dtype_edits, edited, head_edits, vocabulary_edits
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft, changed_rows, collect, new_shape
@@ -35,6 +37,7 @@ from streammerge.planning.ties import Settled, Ties
 from streammerge.planning.values import PIECE, check_finite, facts_of, parts_of
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
+from streammerge.sources.files import same_bytes
 
 
 def build_plan(
@@ -57,7 +60,7 @@ class _Builder:
         refuse_quantized(self.base.config, self.base.tensors)
         stock, contributions, ignored = self._read_adapters()
         drafts = collect(contributions)
-        ties = Ties(stock.tensors, self.architecture, self.base.config, self.adapters, self._same_stored)
+        ties = Ties(stock.tensors, self.architecture, self.base.config, self.adapters, self.checkpoint.files)
         settled = ties.settle(drafts)
         for (number, key), rule in dict(settled.duplicates).items():
             ignored[number][key] = rule
@@ -103,12 +106,27 @@ class _Builder:
         contributions: list[Contribution] = []
         ignored: list[dict[str, str]] = []
         for number, (adapter, part, weight) in enumerate(zip(self.adapters, parts, self.weights, strict=True)):
+            if weight != 1 or len(parts) > 1:
+                part = self._without_copies(adapter, part, view)
             contribution = read_adapter(AdapterInput(number, part, adapter.facts.config, weight, fields), view)
             ignored.append(dict(part.ignored) | ledger.let_go(contribution, adapter, self.options.allow_unused))
             contributions.append(contribution)
         for adapter in self.adapters:
             check_finite(adapter, self.options.worker_count())
         return stock, contributions, ignored
+
+    def _without_copies(self, adapter: Adapter, parts: Parts, view: BaseView) -> Parts:
+        """The parts without replacements that are the base's own values. PEFT saves the table of an adapted embedding
+        with it; for a weighted or one of several adapters it matters that this replaces nothing."""
+        resolver = Resolver(view.tensors, view.architecture)
+        copies = {
+            part.key.key: "the base's own values, saved with the adapter"
+            for part in parts.replacements
+            if (found := resolver.find(part.name))
+            and same_bytes((adapter.files, part.info), (self.checkpoint.files, view.tensors[found.tensor]))
+        }
+        kept = tuple(part for part in parts.replacements if part.key.key not in copies)
+        return dataclasses.replace(parts, replacements=kept, ignored={**parts.ignored, **copies})
 
     def _outputs(self, stock: Stock, settled: Settled, drafts: Mapping[str, Draft]) -> dict[str, OutputTensor]:
         """The recipe of every tensor: the base's in their order, then the other sides of ties, then new heads."""
@@ -211,15 +229,3 @@ class _Builder:
                 digest.update(adapter.files.read(info, start, min(start + 4 * PIECE, info.nbytes)))
             adapter.files.give_back(info, 0, info.nbytes)
         return AdapterRecord(adapter.facts.identity, digest.hexdigest(), self.weights[number], dict(ignored))
-
-    def _same_stored(self, a: TensorInfo, b: TensorInfo) -> bool:
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        if replace(a, name="") == replace(b, name=""):
-            return True
-        files = self.checkpoint.files
-        step = 4 * PIECE
-        return all(
-            files.read(a, start, min(start + step, a.nbytes)) == files.read(b, start, min(start + step, b.nbytes))
-            for start in range(0, a.nbytes, step)
-        )

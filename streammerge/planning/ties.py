@@ -7,7 +7,7 @@ the config's flag and by what is on disk, so both are settled here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from streammerge.methods import FORMULAS
 from streammerge.names.architectures import Architecture
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft
 from streammerge.planning.replicate import Edit
-from streammerge.planning.values import same_tensor, same_values
+from streammerge.planning.values import same_values
 from streammerge.sources.adapter import Adapter
+from streammerge.sources.files import TensorFiles, same_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Settled:
 
 
 class Ties:
-    """Settles the ties of one base. `same_stored` says whether two stored tensors hold the same bytes."""
+    """Settles the ties of one base, whose weights are read only where both sides of a tie are stored."""
 
     def __init__(
         self,
@@ -41,10 +42,10 @@ class Ties:
         architecture: Architecture | None,
         config: Mapping[str, Any] | None,
         adapters: Sequence[Adapter],
-        same_stored: Callable[[TensorInfo, TensorInfo], bool],
+        files: TensorFiles,
     ) -> None:
         self.base, self.architecture, self.config, self.adapters = base, architecture, config or {}, adapters
-        self.same_stored = same_stored
+        self.files = files
 
     def settle(self, drafts: dict[str, Draft]) -> Settled:
         """Settle every tie, changing `drafts` to one for each tensor that will be written.
@@ -81,10 +82,13 @@ class Ties:
         if not present:
             self._refuse_elsewhere(target, source, drafts)
             return None
-        if len(present) == 2 and not self.same_stored(self.base[names[0]], self.base[names[1]]):
+        if len(present) == 2 and not self._same_stored(names[0], names[1]):
             return None  # loaders do not tie two stored tensors that differ
         physical = present[0]
         return physical, names[1] if physical == names[0] else names[0]
+
+    def _same_stored(self, a: str, b: str) -> bool:
+        return same_bytes((self.files, self.base[a]), (self.files, self.base[b]))
 
     def _refuse_elsewhere(self, target: str, source: str, drafts: Mapping[str, Draft]) -> None:
         """A tie declared under names that this checkpoint does not store may still bind what the adapter changes."""
@@ -110,8 +114,8 @@ class Ties:
     def _same_replacement(self, a: Draft, b: Draft) -> bool:
         if a.replacement is None or b.replacement is None:
             return a.replacement is b.replacement
-        mine, other = ((self.adapters[d.replaced_by], d.replacement.part.info) for d in (a, b) if d.replacement)
-        return same_tensor(mine, other)
+        mine, other = ((self.adapters[d.replaced_by].files, d.replacement.part.info) for d in (a, b) if d.replacement)
+        return same_bytes(mine, other)
 
     def _same_operation(self, a: Operation, b: Operation) -> bool:
         alike = (a.formula, a.numbers, a.indices, a.rounding) == (b.formula, b.numbers, b.indices, b.rounding)

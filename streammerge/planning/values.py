@@ -17,6 +17,7 @@ from streammerge.core.tensors import FactorView, Operation, OutputTensor, Tensor
 from streammerge.methods.parts import Parts, sort_parts
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
+from streammerge.sources.files import same_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ PIECE = 2**19
 
 def parts_of(adapter: Adapter) -> Parts:
     """The adapter's tensors, sorted by what they are. Raises what `sort_parts` raises."""
-    return sort_parts(adapter.facts.tensors, lambda a, b: same_tensor((adapter, a), (adapter, b)))
+    return sort_parts(adapter.facts.tensors, lambda a, b: same_bytes((adapter.files, a), (adapter.files, b)))
 
 
 def check_finite(adapter: Adapter, workers: int) -> None:
@@ -166,16 +167,4 @@ def same_values(a: FactorView, b: FactorView, adapters: Sequence[Adapter]) -> bo
         np.array_equal(factor_array(a, adapters, (start, end)), factor_array(b, adapters, (start, end)))
         for start in range(0, a.shape[0], step)
         for end in [min(start + step, a.shape[0])]
-    )
-
-
-def same_tensor(a: tuple[Adapter, TensorInfo], b: tuple[Adapter, TensorInfo]) -> bool:
-    """Whether two adapter tensors are the same bytes under the same dtype and shape."""
-    (source_a, info_a), (source_b, info_b) = a, b
-    if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
-        return False
-    return all(
-        source_a.files.read(info_a, start, end) == source_b.files.read(info_b, start, end)
-        for start in range(0, info_a.nbytes, 4 * PIECE)
-        for end in [min(start + 4 * PIECE, info_a.nbytes)]
     )

@@ -55,6 +55,12 @@ class OutputDirectory:
         # A run that was killed before it wrote down its plan leaves a temporary file in the staging area, at most.
         return State.FOREIGN if any(not name.startswith(f"{STAGING}/") for name in names) else State.EMPTY
 
+    def reclaimable(self) -> int:
+        """Bytes of the result or the unfinished run that a run in its place removes."""
+        if self.state() not in (State.FINISHED, State.UNFINISHED):
+            return 0
+        return sum(io.size_of(self.path / name) for name in io.list_tree(self.path))
+
     def refuse_inside(self, inputs: Sequence[Path]) -> None:
         """Refuse an output that is an input, lies in one, or holds one: a loader or a later run would mix them up."""
         here = self.path.resolve()

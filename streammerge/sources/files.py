@@ -10,6 +10,7 @@ import math
 import mmap
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.core import io
@@ -18,6 +19,8 @@ from streammerge.core.errors import InputReadError
 from streammerge.core.tensors import TensorInfo
 
 OPEN_FILES = 4
+COMPARED = 4 * 2**20
+"""Bytes of two tensors that are compared at a time."""
 
 
 class _OpenFile:
@@ -124,3 +127,19 @@ class TensorFiles:
         steps = tuple(step * width for step in strides)
         rows = np.lib.stride_tricks.as_strided(flat, (last - first, *info.shape[1:]), steps, writeable=False)
         return np.ascontiguousarray(rows).view(np.uint8).reshape(-1).data[start - first * row : end - first * row]
+
+
+def same_bytes(a: tuple[TensorFiles, TensorInfo], b: tuple[TensorFiles, TensorInfo]) -> bool:
+    """Whether two stored tensors are the same bytes under the same dtype and shape."""
+    (files_a, info_a), (files_b, info_b) = a, b
+    if (info_a.dtype, info_a.shape) != (info_b.dtype, info_b.shape):
+        return False
+    if files_a is files_b and replace(info_a, name=info_b.name) == info_b:
+        return True
+    for start in range(0, info_a.nbytes, COMPARED):
+        end = min(start + COMPARED, info_a.nbytes)
+        if files_a.read(info_a, start, end) != files_b.read(info_b, start, end):
+            return False
+        files_a.give_back(info_a, start, end)
+        files_b.give_back(info_b, start, end)
+    return True

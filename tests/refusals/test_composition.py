@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from streammerge.core.text import count_text
 from tests.refusals.making import (
     ALPHA,
     HIDDEN,
+    MARKER,
     PREFIX,
     RANK,
     TARGETS,
+    VOCABULARY,
     Stored,
     all_factors,
     expected,
@@ -174,3 +177,32 @@ def test_factors_of_zero_in_one_adapter_do_not_hide_the_other(tmp_path: Path) ->
     merged(base, [make_adapter(tmp_path / "zero", empty), lora(tmp_path / "one")], tmp_path / "out")
     merged(base, lora(tmp_path / "alone"), tmp_path / "alone-out")
     assert load_all(tmp_path / "out") == load_all(tmp_path / "alone-out")
+
+
+HEAD = "lm_head"
+SAVED_HEAD = f"{PREFIX}{HEAD}.base_layer.weight"
+
+
+def head_lora(root: Path, saved: Stored) -> Path:
+    """LoRA on the head, with the table that PEFT saves beside it."""
+    pair = {f"{PREFIX}{HEAD}.lora_A.weight": normal("head A", RANK, HIDDEN)}
+    pair |= {f"{PREFIX}{HEAD}.lora_B.weight": normal("head B", VOCABULARY, RANK)}
+    return make_adapter(root, pair | {SAVED_HEAD: saved}, target_modules=[HEAD])
+
+
+def test_a_saved_table_that_is_the_base_s_own_does_not_stand_in_the_way_of_weights(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    table = load_all(base)[f"{HEAD}.weight"]
+    both = [head_lora(tmp_path / "one", table), head_lora(tmp_path / "two", table)]
+    merged(base, both, tmp_path / "out", "--weight", 0.75, "--weight", 0.25)
+    exact = expected(table, normal("head A", RANK, HIDDEN), normal("head B", VOCABULARY, RANK), ALPHA / RANK)
+    written = values_of(load_all(tmp_path / "out")[f"{HEAD}.weight"])
+    assert np.abs(written - exact).max() <= np.abs(exact).max() * 2**-8
+    report = json.loads((tmp_path / "out" / MARKER).read_text())
+    assert [list(adapter["ignored"]) for adapter in report["adapters"]] == [[SAVED_HEAD], [SAVED_HEAD]]
+
+
+def test_a_saved_table_that_differs_from_the_base_s_has_no_weighted_form(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = head_lora(tmp_path / "one", normal("another table", VOCABULARY, HIDDEN, dtype="BF16"))
+    refused(4, SAVED_HEAD, "no weighted form", base=base, adapters=adapter, options=["--weight", "0.5"])

@@ -263,6 +263,19 @@ def test_space_is_not_asked_for_a_result_that_is_already_there(tmp_path: Path, m
     assert call("run", base, adapter, "-o", tmp_path / "out").code == 0
 
 
+def test_a_result_that_will_be_replaced_counts_as_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = inputs_at(tmp_path)
+    out = tmp_path / "out"
+    merged(base, adapter, out)
+    before = tree_digest(out)
+    monkeypatch.setattr(io, "free_space", lambda path: 0)
+    outcome = call("run", base, adapter, "-o", out, "--overwrite", "--dtype", "float32")
+    assert outcome.code == 7, outcome.err
+    assert tree_digest(out) == before
+    assert call("run", base, adapter, "-o", out, "--overwrite").code == 0
+    assert tree_digest(out) == before
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 def test_a_budget_too_small_is_refused_with_the_figure_that_would_do_and_that_figure_does(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
