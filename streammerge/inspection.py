@@ -70,7 +70,7 @@ def inspect_adapter(adapter: Adapter, checkpoint: Checkpoint | None, options: Op
     try:
         if kind in READERS:
             modules = _by_factors(adapter, parts, parse_config(adapter.facts.config, options.ignore_config_field))
-            check_finite(adapter, options.worker_count())
+            check_finite(adapter)
         else:
             refuse_type(adapter.facts.config)
         if checkpoint is not None:

@@ -56,12 +56,26 @@ def as_numpy(data: memoryview, dtype: str) -> NDArray[np.floating]:
     import numpy as np
 
     if dtype == "BF16":
-        words: NDArray[np.uint32] = np.frombuffer(data, np.uint16).astype(np.uint32)
-        words <<= 16
-        widened: NDArray[np.float32] = words.view(np.float32)
+        words = np.frombuffer(data, np.uint16)
+        widened: NDArray[np.float32] = np.left_shift(words, 16, dtype=np.uint32).view(np.float32)
         return widened
     kinds: dict[str, type[np.floating]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
     return np.frombuffer(data, kinds[dtype])
+
+
+def surely_finite(data: memoryview, dtype: str) -> bool:
+    """Whether every value is finite, found out several times as fast as by asking each of them; False leaves the
+    question open. BF16 is finite below the exponent of all ones; elsewhere a finite sum of squares will do, which very
+    large values overflow. Half precision has no product worth the name."""
+    import numpy as np
+
+    if dtype == "BF16":
+        return not len(data) or int((np.frombuffer(data, np.uint16) & 0x7FFF).max()) < 0x7F80
+    if dtype == "F16":
+        return False
+    values = as_numpy(data, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(values, values)))
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

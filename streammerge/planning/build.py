@@ -66,7 +66,7 @@ class _Builder:
             ignored[number][key] = rule
         outputs = self._outputs(stock, settled, drafts)
         self._check_ledger(drafts, outputs, stock, ignored)
-        facts = facts_of(outputs.values(), self.adapters, self.options.worker_count())
+        facts = facts_of(outputs.values(), self.adapters)
         ledger.check_effect(outputs.values(), facts, self.weights)
         layout = lay_out(self.base, outputs, stock.sources, self.options.shard_limit())
         rows = changed_rows(drafts, stock.tensors)
@@ -112,7 +112,7 @@ class _Builder:
             ignored.append(dict(part.ignored) | ledger.let_go(contribution, adapter, self.options.allow_unused))
             contributions.append(contribution)
         for adapter in self.adapters:
-            check_finite(adapter, self.options.worker_count())
+            check_finite(adapter)
         return stock, contributions, ignored
 
     def _without_copies(self, adapter: Adapter, parts: Parts, view: BaseView) -> Parts:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from streammerge.core.dtypes import FLOATS, as_numpy, itemsize
+from streammerge.core.dtypes import FLOATS, as_numpy, itemsize, surely_finite
 from streammerge.core.errors import NonFiniteError, NotMergeableError
 from streammerge.core.tensors import FactorView, Operation, OutputTensor, TensorInfo
 from streammerge.methods.parts import Parts, sort_parts
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 LEAST_TRACE = 1e-20
 """Below this sum of squares, float32 may have lost the small ones among them."""
 PIECE = 2**19
-"""Elements of a factor that a thread converts at a time."""
+"""Elements of a factor that are converted at a time: they stay in the cache for the product."""
 
 
 def parts_of(adapter: Adapter) -> Parts:
@@ -34,11 +33,10 @@ def parts_of(adapter: Adapter) -> Parts:
     return sort_parts(adapter.facts.tensors, lambda a, b: same_bytes((adapter.files, a), (adapter.files, b)))
 
 
-def check_finite(adapter: Adapter, workers: int) -> None:
+def check_finite(adapter: Adapter) -> None:
     """Refuse NaN and infinity anywhere in the adapter, and factors of a dtype no arithmetic is done on."""
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(lambda info: _check_finite(adapter, info), adapter.facts.tensors.values()):
-            pass  # the first refusal in the order of the file is raised here
+    for info in adapter.facts.tensors.values():
+        _check_finite(adapter, info)
 
 
 def _check_finite(adapter: Adapter, info: TensorInfo) -> None:
@@ -50,26 +48,15 @@ def _check_finite(adapter: Adapter, info: TensorInfo) -> None:
     width = itemsize(info.dtype)
     for start in range(0, info.nbytes, PIECE * width):
         end = min(start + PIECE * width, info.nbytes)
-        values = as_numpy(adapter.files.read(info, start, end), info.dtype)
-        if _surely_finite(values):
+        data = adapter.files.read(info, start, end)
+        if surely_finite(data, info.dtype):
             continue
-        finite = np.isfinite(values)
+        finite = np.isfinite(as_numpy(data, info.dtype))
         if not finite.all():
             index = start // width + int(finite.argmin())
             reason = f"the adapter tensor `{info.name}` is not finite at element {index:,}"
             raise NonFiniteError((info.name,), reason, "the training run diverged, or the file is damaged")
     adapter.files.give_back(info, 0, info.nbytes)
-
-
-def _surely_finite(values: NDArray[Any]) -> bool:
-    """Whether the sum of squares is finite, and with it every value: three times as fast as asking each of them. Very
-    large values overflow it, and half precision has no product worth the name: False leaves the question open."""
-    import numpy as np
-
-    if values.dtype == np.float16:
-        return False
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(values, values)))
 
 
 def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int, int] | None = None) -> NDArray[Any]:
@@ -89,20 +76,15 @@ def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int,
     return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(shape)
 
 
-def facts_of(
-    outputs: Iterable[OutputTensor], adapters: Sequence[Adapter], workers: int
-) -> dict[str, tuple[OperationFacts, ...]]:
+def facts_of(outputs: Iterable[OutputTensor], adapters: Sequence[Adapter]) -> dict[str, tuple[OperationFacts, ...]]:
     """The facts of every operation by output name. A factor's pages are given back with its output's last operation."""
-
-    def facts(output: OutputTensor) -> tuple[str, tuple[OperationFacts, ...]]:
-        found = tuple(operation_facts(operation, adapters) for operation in output.operations)
-        for view in {view.key: view for op in output.operations for view in op.factors.values()}.values():
-            info = adapters[view.adapter].facts.tensors[view.key]
-            adapters[view.adapter].files.give_back(info, 0, info.nbytes)
-        return output.name, found
-
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(pool.map(facts, outputs))
+    found: dict[str, tuple[OperationFacts, ...]] = {}
+    for output in outputs:
+        found[output.name] = tuple(operation_facts(operation, adapters) for operation in output.operations)
+        for number, key in {(view.adapter, view.key) for op in output.operations for view in op.factors.values()}:
+            info = adapters[number].facts.tensors[key]
+            adapters[number].files.give_back(info, 0, info.nbytes)
+    return found
 
 
 def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> OperationFacts:

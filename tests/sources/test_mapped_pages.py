@@ -109,6 +109,6 @@ def test_neither_the_plan_nor_its_norms_keep_the_adapter_they_read(directories, 
     path = directories[1] / "adapter_model.safetensors"
     assert resident(path) < SLACK
     name = "model.embed_tokens.weight"
-    ((facts,),) = facts_of([plan.tensors[name]], [adapter], 2).values()
+    ((facts,),) = facts_of([plan.tensors[name]], [adapter]).values()
     assert facts.norm == pytest.approx(0.01**2 * RANK * (32 * LONG) ** 0.5, rel=1e-5)
     assert resident(path) < SLACK
