@@ -5,7 +5,7 @@ One reader for each worker: what it keeps is its own, so that no lock stands in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.core.dtypes import itemsize, torch_dtype
@@ -15,7 +15,8 @@ from streammerge.sources.adapter import Adapter
 if TYPE_CHECKING:
     from torch import Tensor
 
-Key = tuple[FactorView, tuple[int, int], tuple[int, int]]
+Part = tuple[tuple[int, int], ...]
+"""Rows and columns of a matrix factor; nothing for all of a vector."""
 SPREAD = 4
 """Where nothing is mapped, elements that are spread over more than so many times their number are read line by line: a
 few rows of a transposed factor reach from one end of it to the other."""
@@ -28,7 +29,7 @@ class FactorReader:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
-        self._kept: dict[Key, Tensor] = {}
+        self._kept: dict[FactorView, tuple[Part, Tensor]] = {}
         self._touched: set[tuple[int, str]] = set()
         self._mapped = 0
 
@@ -43,18 +44,18 @@ class FactorReader:
         return self._read(view, low, (rows[1] - rows[0], cols[1] - cols[0]), view.strides)
 
     def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """The same, remembered until `forget`."""
-        key = (view, rows, cols)
-        if key not in self._kept:
-            self._kept[key] = self.part(view, rows, cols)
-        return self._kept[key]
+        """The same, remembered until another part of the factor is asked for, or `forget`: a very long row is worked
+        on in stretches, and all of them together are what the budget has no room for."""
+        return self._remembered(view, (rows, cols), lambda: self.part(view, rows, cols))
 
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor, float64, remembered until `forget`."""
-        key = (view, (0, 0), (0, 0))
-        if key not in self._kept:
-            self._kept[key] = self._read(view, view.offset, view.shape, view.strides)
-        return self._kept[key]
+        return self._remembered(view, (), lambda: self._read(view, view.offset, view.shape, view.strides))
+
+    def _remembered(self, view: FactorView, part: Part, read: Callable[[], Tensor]) -> Tensor:
+        if view not in self._kept or self._kept[view][0] != part:
+            self._kept[view] = part, read()
+        return self._kept[view][1]
 
     def _read(self, view: FactorView, low: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         import torch
