@@ -1,4 +1,4 @@
-"""Fixtures of the oracle: the session's workbench, third parties' warnings, and the tally at the end."""
+"""Fixtures of the oracle: the session's workbench, and third parties' warnings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ THIRD_PARTY = [
     # The forward test compares with the base without its adapter, whose biases then are still the trained ones.
     ("Careful, disabling adapter layers with bias configured", UserWarning),
 ]
-_TALLY: dict[str, bool] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -53,19 +52,3 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     return Workbench(tmp_path_factory.mktemp("oracle"))
-
-
-@pytest.hookimpl
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note whether every test of a case passes."""
-    path, _, rest = report.nodeid.partition("::")
-    if path.startswith("tests/oracle/") and "@" in rest:
-        case = rest[rest.index("[") + 1 : -1].partition("@")[0]
-        _TALLY[case] = _TALLY.get(case, True) and not report.failed
-
-
-@pytest.hookimpl
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line: how many cases are equal."""
-    if _TALLY:
-        terminalreporter.write_line(f"{sum(_TALLY.values())}/{len(_TALLY)} LoRA oracle cases equal")
