@@ -160,6 +160,9 @@ class InputReadError(InputError, OSError):
     def summary(self) -> str:
         return f"cannot {self.operation} `{printable(self.path)}`: {printable(self.reason)}"
 
+    def hint(self) -> str:
+        return "`--read pread` reads without a mapping" if self.operation == "map" else ""
+
 
 @dataclass(eq=False)
 class HubError(InputError, ConnectionError):
