@@ -1,7 +1,7 @@
 """Building a plan: the order in which facts are looked at, each step refusing what it cannot stand for.
 
-Cheap refusals come first, the values of the adapter last; the base's weights are not read at all, but for the two
-sides of a tie that are both on disk.
+Cheap refusals come first, the values of the adapter last; the base's weights are not read, but for two sides of a tie
+that are both on disk, and for a table that PEFT saved beside an embedding.
 """
 
 from __future__ import annotations
