@@ -29,7 +29,6 @@ from streammerge.names.resolve import Found, Missing, Wanted
 
 PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
-IGNORED_SLOTS = frozenset({"lora_velora_embed"})
 
 
 def read_lora(adapter: AdapterInput, base: BaseView) -> Contribution:

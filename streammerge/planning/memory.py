@@ -13,7 +13,6 @@ from streammerge.core.errors import BudgetError
 from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, TensorInfo
 from streammerge.methods import FORMULAS, Locality
-from streammerge.planning.layout import size_of
 from streammerge.planning.model import Figures, OutputShard
 from streammerge.planning.tiles import grid_of
 
@@ -65,8 +64,3 @@ def _tile_memory(output: OutputTensor, converts: bool) -> int:
 
 def _state_memory(output: OutputTensor) -> int:
     return max((FORMULAS[operation.formula].state_memory(operation) for operation in output.operations), default=0)
-
-
-def output_size(outputs: Iterable[OutputTensor]) -> int:
-    """Bytes of all tensors."""
-    return sum(size_of(output) for output in outputs)

@@ -52,8 +52,8 @@ class Ties:
 
         Raises NotMergeableError where the sides differ and this class cannot be untied, or where it is not known.
         """
+        self._refuse_unknown(drafts)
         if self.architecture is None:
-            self._refuse_unknown(drafts)
             return Settled({}, {})
         tied = self.architecture.ties(self.config)
         pairs: list[tuple[str, str]] = []
@@ -174,15 +174,17 @@ class Ties:
             raise NotMergeableError((physical, other), reason, advice) from None
 
     def _refuse_unknown(self, drafts: Mapping[str, Draft]) -> None:
-        """A tie that is claimed by the config of an unknown class may concern any embedding the adapter changes."""
-        sections = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
-        if not any(section.get("tie_word_embeddings") for section in sections):
-            return
-        for name in drafts:
-            if EMBEDDING_MODULES & set(name.split(".")):
-                said = f"the adapter changes `{name}` and the config says that embeddings are tied"
-                reason = f"{said}, but this class is not in the table of ties"
-                raise NotMergeableError((name,), reason)
+        """Ties of which no more is known than that they exist may concern any embedding the adapter changes."""
+        if self.architecture is not None:
+            known = f"{self.architecture.name} has ties that are no pairs of names"
+            claimed = self.architecture.other_ties
+        else:
+            known = "the config says that embeddings are tied, but this class is not in the table of ties"
+            sections = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+            claimed = any(section.get("tie_word_embeddings") for section in sections)
+        touched = [name for name in drafts if EMBEDDING_MODULES & set(name.split("."))]
+        if claimed and touched:
+            raise NotMergeableError((touched[0],), f"the adapter changes `{touched[0]}`, and {known}")
 
 
 def _copy_effects(
