@@ -40,8 +40,7 @@ class FactorReader:
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """Rows and columns of a matrix factor, float64."""
-        low = view.offset + rows[0] * view.strides[0] + cols[0] * view.strides[1]
-        return self._read(view, low, (rows[1] - rows[0], cols[1] - cols[0]), view.strides)
+        return self._read(view, (rows, cols))
 
     def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """The same, remembered until another part of the factor is asked for, or `forget`: a very long row is worked
@@ -50,25 +49,27 @@ class FactorReader:
 
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor, float64, remembered until `forget`."""
-        return self._remembered(view, (), lambda: self._read(view, view.offset, view.shape, view.strides))
+        return self._remembered(view, (), lambda: self._read(view, [(0, n) for n in view.shape]))
 
     def _remembered(self, view: FactorView, part: Part, read: Callable[[], Tensor]) -> Tensor:
         if view not in self._kept or self._kept[view][0] != part:
             self._kept[view] = part, read()
         return self._kept[view][1]
 
-    def _read(self, view: FactorView, low: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    def _read(self, view: FactorView, ranges: Sequence[tuple[int, int]]) -> Tensor:
         import torch
 
-        adapter = self._adapters[view.adapter]
-        values = torch.empty(shape, dtype=torch.float64)
-        reach = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
-        if adapter.files.mapped or reach <= SPREAD * values.numel():
-            self._copy(values, view, low, strides)
-        else:
-            axis = strides.index(max(strides))
-            for number, line in enumerate(values.unbind(axis)):
-                self._copy(line, view, low + number * strides[axis], strides[:axis] + strides[axis + 1 :])
+        mapped = self._adapters[view.adapter].files.mapped
+        values = torch.empty([last - first for first, last in ranges], dtype=torch.float64)
+        for block in view.blocks(ranges):
+            target = values[block.where]
+            if mapped or block.high - block.low <= SPREAD * target.numel():
+                self._copy(target, view, block.low, block.strides)
+                continue
+            axis = block.strides.index(max(block.strides))
+            for number, line in enumerate(target.unbind(axis)):
+                at = block.low + number * block.strides[axis]
+                self._copy(line, view, at, block.strides[:axis] + block.strides[axis + 1 :])
         self._touched.add((view.adapter, view.key))
         self._mapped += values.numel() * itemsize(view.dtype)
         if self._mapped > MAPPED:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.factors import FactorReader
-from streammerge.compute.tile import TileMerger, TileStats, measure, overlap, rounded
+from streammerge.compute.tile import TileMerger, TileStats, measure, overlap, rounded, window
 from streammerge.core.dtypes import itemsize, torch_dtype
 from streammerge.core.errors import NonFiniteError
 from streammerge.core.tensors import Operation, OutputTensor, Stored, TensorInfo
@@ -137,7 +137,7 @@ class Producer:
         factors = self._factors(output.name, operation.place.matrix)
         for tile, region in regions:
             weight = _as_tile(files.read(info, tile.start * width, tile.end * width), info.dtype, tile)
-            share = formula.reduce(operation, region, _cut(weight, operation, tile, region), factors)
+            share = formula.reduce(operation, region, weight[window(operation, tile, region)], factors)
             total[slice(*region.cols) if by_column else slice(None)] += share
             files.give_back(info, tile.start * width, tile.end * width)
         return total
@@ -149,10 +149,12 @@ class Producer:
         view = operation.place.view
         data = files.read(info, 0, info.nbytes)
         weight = torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(view.stack, view.rows, view.cols)
-        region = weight[operation.place.matrix][slice(*operation.place.rows), slice(*operation.place.cols)]
-        return FORMULAS[operation.formula].prepare(
-            operation, region, self._factors(output.name, operation.place.matrix)
-        )
+        matrix = operation.place.matrix
+        start = matrix * view.rows * view.cols
+        tile = Tile(0, matrix, (0, view.rows), (0, view.cols), start, start + view.rows * view.cols)
+        whole = Region(*((0, n) for n in operation.place.shape))
+        region = weight[matrix][window(operation, tile, whole)]
+        return FORMULAS[operation.formula].prepare(operation, region, self._factors(output.name, matrix))
 
 
 def shard_bytes(producer: Producer, number: int, start: int, end: int) -> Iterator[memoryview]:
@@ -179,11 +181,6 @@ def _as_tile(data: memoryview, dtype: str, tile: Tile) -> Tensor:
 
     rows, cols = tile.rows[1] - tile.rows[0], tile.cols[1] - tile.cols[0]
     return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(rows, cols)
-
-
-def _cut(weight: Tensor, operation: Operation, tile: Tile, region: Region) -> Tensor:
-    rows, cols = operation.place.rows[0] - tile.rows[0], operation.place.cols[0] - tile.cols[0]
-    return weight[region.rows[0] + rows : region.rows[1] + rows, region.cols[0] + cols : region.cols[1] + cols]
 
 
 def _bytes_of(values: Tensor) -> memoryview:

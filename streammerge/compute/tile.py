@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import torch_dtype
+from streammerge.core.lines import Lines
 from streammerge.core.tensors import Operation
 from streammerge.methods import FORMULAS, Region
 from streammerge.methods.base import Factors
@@ -19,6 +20,10 @@ from streammerge.planning.tiles import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Window = tuple["slice | Tensor", "slice | Tensor"]
+"""Rows and columns of a tile: slices, or indices that broadcast against each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +36,16 @@ class TileStats:
 
 
 def overlap(operation: Operation, tile: Tile) -> Region | None:
-    """The part of the operation's place that lies in the tile, relative to the place; None if they do not meet."""
+    """The part of the operation's place that lies in the tile, as positions in the place; None if they do not meet."""
     place = operation.place
-    rows = max(place.rows[0], tile.rows[0]), min(place.rows[1], tile.rows[1])
-    cols = max(place.cols[0], tile.cols[0]), min(place.cols[1], tile.cols[1])
-    if place.matrix != tile.matrix or rows[0] >= rows[1] or cols[0] >= cols[1]:
+    if place.matrix != tile.matrix:
         return None
-    if operation.indices and not any(rows[0] <= place.rows[0] + index < rows[1] for index in operation.indices):
+    rows, cols = place.rows.within(*tile.rows), place.cols.within(*tile.cols)
+    if rows[0] == rows[1] or cols[0] == cols[1]:
         return None
-    return Region(
-        (rows[0] - place.rows[0], rows[1] - place.rows[0]), (cols[0] - place.cols[0], cols[1] - place.cols[0])
-    )
+    if operation.indices and not any(rows[0] <= index < rows[1] for index in operation.indices):
+        return None
+    return Region(rows, cols)
 
 
 class TileMerger:
@@ -60,22 +64,35 @@ class TileMerger:
         additive = all(FORMULAS[operation.formula].additive for _, operation, _ in operations)
         for number, operation, region in operations:
             formula = FORMULAS[operation.formula]
-            window = _window(operation, tile, region)
+            at = window(operation, tile, region)
             if formula.additive:
-                delta = _accumulate(delta, formula.delta(operation, region, self._factors), window, weight)
+                delta = _accumulate(delta, formula.delta(operation, region, self._factors), at, weight)
                 continue
             value, delta = _added(weight if value is None else value, delta), None
             state = self._state(number, operation, tile)
-            value[window] = formula.apply(operation, region, value[window], state, self._factors)
+            value[at] = formula.apply(operation, region, value[at], state, self._factors)
         return _added(weight if value is None else value, delta), delta if additive else None
 
 
-def _window(operation: Operation, tile: Tile, region: Region) -> tuple[slice, slice]:
-    rows, cols = operation.place.rows[0] - tile.rows[0], operation.place.cols[0] - tile.cols[0]
-    return slice(region.rows[0] + rows, region.rows[1] + rows), slice(region.cols[0] + cols, region.cols[1] + cols)
+def window(operation: Operation, tile: Tile, region: Region) -> Window:
+    """Where a region of the operation's place lies in the tile, as an index of its tensor."""
+    rows = _lines(operation.place.rows, region.rows, tile.rows[0])
+    cols = _lines(operation.place.cols, region.cols, tile.cols[0])
+    return rows if isinstance(rows, slice) or isinstance(cols, slice) else rows[:, None], cols
 
 
-def _accumulate(total: Tensor | None, delta: Tensor, window: tuple[slice, slice], weight: Tensor) -> Tensor:
+def _lines(lines: Lines, positions: tuple[int, int], origin: int) -> slice | Tensor:
+    """Lines at some positions, counted from `origin`: a slice where they are one run, else every one of them."""
+    import torch
+
+    runs = list(lines.runs(*positions))
+    if len(runs) == 1:
+        line, length = runs[0]
+        return slice(line - origin, line - origin + (length - 1) * lines.step + 1, lines.step)
+    return torch.cat([torch.arange(length) * lines.step + (line - origin) for line, length in runs])
+
+
+def _accumulate(total: Tensor | None, delta: Tensor, at: Window, weight: Tensor) -> Tensor:
     """The sum of deltas so far, over the whole tile."""
     import torch
 
@@ -83,7 +100,7 @@ def _accumulate(total: Tensor | None, delta: Tensor, window: tuple[slice, slice]
         if delta.shape == weight.shape:
             return delta
         total = torch.zeros(weight.shape, dtype=torch.float64)
-    total[window] += delta
+    total[at] += delta
     return total
 
 

@@ -62,6 +62,20 @@ class Options:
         (), "an adapter config field that is unknown and set, and may be ignored (repeatable); recorded", metavar="NAME"
     )
 
+    expert_orientation: str = _option(
+        "auto",
+        "how the factors of square stacked experts lie, where the adapter does not tell: straight, or transposed",
+        choices=("auto", "straight", "transposed"),
+    )
+    expert_packing: str = _option(
+        "peft",
+        "how B of stacked experts is packed: unsloth for adapters of Unsloth before September 2026",
+        choices=("peft", "unsloth"),
+    )
+    rules: str = _option(
+        "", "a table of conversion rules to use instead of the shipped one", metavar="FILE", bytes_too=False
+    )
+
     def __post_init__(self) -> None:
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata["choices"]

@@ -8,8 +8,11 @@ the module's weight lies in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from streammerge.core.lines import Lines, all_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class MatrixView:
     rows: int
     cols: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix."""
+        return self.rows, self.cols
+
     @classmethod
     def of(cls, shape: tuple[int, ...], *, stacked: bool = False) -> MatrixView:
         """The view of a tensor of `shape`; `stacked` for experts, whose first axis counts matrices."""
@@ -52,8 +60,8 @@ class MatrixView:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module's weight lies: matrix `matrix` of the stored tensor's `view`, rows and columns half-open, and
-    whether the module's (out, in) weight is stored there as (in, out).
+    """Where a module's weight, or a part of it, lies: rows and columns of matrix `matrix` of the stored tensor's
+    `view`, and whether the module's (out, in) weight is stored there as (in, out).
 
     Raises ValueError where the region is not inside the view, so that an illegal place cannot exist.
     """
@@ -61,81 +69,117 @@ class Place:
     tensor: str
     view: MatrixView
     matrix: int
-    rows: tuple[int, int]
-    cols: tuple[int, int]
+    rows: Lines
+    cols: Lines
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        inside = (
-            0 <= self.matrix < self.view.stack
-            and 0 <= self.rows[0] < self.rows[1] <= self.view.rows
-            and 0 <= self.cols[0] < self.cols[1] <= self.view.cols
-        )
-        if not inside:
+        inside = 0 <= self.matrix < self.view.stack
+        if not (inside and self.rows.end <= self.view.rows and self.cols.end <= self.view.cols):
             raise ValueError(f"{self} lies outside its tensor")
 
     @classmethod
     def whole(cls, info: TensorInfo, *, transposed: bool = False) -> Place:
         """All of `info` as one matrix."""
         view = MatrixView.of(info.shape)
-        return cls(info.name, view, 0, (0, view.rows), (0, view.cols), transposed)
-
-    @classmethod
-    def expert(cls, info: TensorInfo, matrix: int, *, transposed: bool = False) -> Place:
-        """One matrix of a stack of experts."""
-        view = MatrixView.of(info.shape, stacked=True)
-        return cls(info.name, view, matrix, (0, view.rows), (0, view.cols), transposed)
+        return cls(info.name, view, 0, all_lines(view.rows), all_lines(view.cols), transposed)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the region."""
-        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
+        return self.rows.total, self.cols.total
+
+
+@dataclass(frozen=True, slots=True)
+class FactorBlock:
+    """A block of a factor that one strided read yields: its first element's position in the tensor, shape and strides
+    in elements, and where it goes in the array of all that was asked for."""
+
+    low: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    where: tuple[slice, ...]
+
+    @property
+    def high(self) -> int:
+        """One more than the position of the last element."""
+        return self.low + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class FactorView:
-    """A vector or matrix inside one adapter tensor, as a strided view of its elements: shape, strides and offset in
-    elements. Transposing, slicing out an expert and flattening a kernel are all this one thing.
+    """A vector or matrix inside one adapter tensor. `axes` are lines in units of elements: an element's position in
+    the tensor of `count` elements is the sum of its axes' lines. Transposing, slicing out an expert, taking the rows of
+    one part of a fused projection and flattening a kernel are all this one thing.
 
-    Raises ValueError where the view reaches beyond the tensor of `count` elements.
+    Raises ValueError where the view reaches beyond the tensor.
     """
 
     adapter: int
     key: str
     dtype: str
     count: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
+    axes: tuple[Lines, ...]
 
     def __post_init__(self) -> None:
-        reach = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
-        if min(self.shape, default=1) < 1 or self.offset < 0 or min(self.strides, default=1) < 0 or reach >= self.count:
+        if sum(axis.end - 1 for axis in self.axes) >= self.count:
             raise ValueError(f"{self} reaches beyond its tensor")
 
     @classmethod
     def matrix(cls, adapter: int, info: TensorInfo, rows: int, cols: int) -> FactorView:
         """All of `info`, which must have rows x cols elements, as a row-major matrix."""
-        return cls(adapter, info.name, info.dtype, info.count, (rows, cols), (cols, 1))
+        return cls(adapter, info.name, info.dtype, info.count, (Lines(0, rows, cols), Lines(0, cols)))
 
     @classmethod
     def vector(cls, adapter: int, info: TensorInfo) -> FactorView:
         """All of `info` as a vector."""
-        return cls(adapter, info.name, info.dtype, info.count, (info.count,), (1,))
+        return cls(adapter, info.name, info.dtype, info.count, (all_lines(info.count),))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many elements along each axis."""
+        return tuple(axis.total for axis in self.axes)
 
     @property
     def t(self) -> FactorView:
         """The transposed matrix."""
-        return FactorView(
-            self.adapter, self.key, self.dtype, self.count, self.shape[::-1], self.strides[::-1], self.offset
-        )
+        return replace(self, axes=self.axes[::-1])
+
+    def blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[FactorBlock]:
+        """The evenly strided blocks that positions `ranges`, one half-open range for each axis, consist of."""
+        for runs in product(*(_placed(axis, *wanted) for axis, wanted in zip(self.axes, ranges, strict=True))):
+            low, where = sum(line for line, _ in runs), tuple(positions for _, positions in runs)
+            shape = tuple(positions.stop - positions.start for positions in where)
+            yield FactorBlock(low, shape, tuple(axis.step for axis in self.axes), where)
+
+    def cut(self, axis: int, lines: Lines) -> FactorView:
+        """The view of some lines of an axis, which must not have been cut into several runs before."""
+        uncut = self.axes[axis]
+        if lines == all_lines(uncut.total):
+            return self
+        if uncut.count > 1:
+            raise ValueError(f"{self} is cut along axis {axis} already")
+        start, step, pitch = uncut.start + uncut.step * lines.start, uncut.step * lines.step, uncut.step * lines.pitch
+        part = Lines(start, lines.size, step, lines.count, pitch)
+        return replace(self, axes=(*self.axes[:axis], part, *self.axes[axis + 1 :]))
+
+
+def _placed(axis: Lines, first: int, last: int) -> list[tuple[int, slice]]:
+    """The runs of an axis between two positions: where each starts, and its positions among those asked for."""
+    found, at = [], 0
+    for line, length in axis.runs(first, last):
+        found.append((line, slice(at, at + length)))
+        at += length
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One formula applied to one place. `formula` names a row of `methods.FORMULAS`; `factors` and `numbers` are what
     that formula reads, `indices` the rows of the place it is about, where it is not about all, `rounding` the dtype of
-    a rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved."""
+    a rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved,
+    `parameter` is the adapted parameter's name in the model, `part` says that the place holds a part of it only.
+    """
 
     formula: str
     place: Place
@@ -146,6 +190,8 @@ class Operation:
     numbers: Mapping[str, float] = field(default_factory=dict)
     indices: tuple[int, ...] = ()
     rounding: str = ""
+    parameter: str = ""
+    part: bool = False
 
 
 @dataclass(frozen=True, slots=True)

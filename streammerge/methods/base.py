@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from streammerge.core.errors import NotMergeableError
 from streammerge.core.tensors import FactorView, Operation
+from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +66,12 @@ class Formula(Protocol):
     def locality(self, operation: Operation) -> Locality:
         """What one tile of the result depends on."""
 
+    def cut(self, operation: Operation, cut: Cut) -> Operation:
+        """What is left of an operation, said of the whole of a parameter's matrix, for the part of it in `cut`.
+
+        Raises NotMergeableError where the formula cannot be computed from that part alone.
+        """
+
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
         """Bytes of factors and temporaries beside the tile's own buffers, for one worker and a tile of that shape."""
 
@@ -82,6 +90,14 @@ class Formula(Protocol):
 
     def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:
         """Formulas that are not additive: the new values of a region, float64 (T, C)."""
+
+
+def refuse_part(operation: Operation, needs: str) -> NotMergeableError:
+    """The refusal of a part that does not hold what the formula `needs`."""
+    reason = f"`{operation.module}` is stored in parts, and its formula needs {needs}"
+    return NotMergeableError(
+        (operation.module,), reason, "merge into a checkpoint that stores this module as one tensor"
+    )
 
 
 class AdditiveFormula:

@@ -7,18 +7,22 @@ have becomes a new tensor; `trainable_token_indices` replace rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from streammerge.core.errors import (
     BaseMismatchError,
     CompositionError,
     ConfigContradictionError,
+    NotMergeableError,
     ShapeMismatchError,
     UnmatchedKey,
 )
-from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
+from streammerge.core.tensors import FactorView, Operation, TensorInfo
 from streammerge.methods.lora_config import LoraConfig
 from streammerge.methods.parts import FullTensor, Parts
-from streammerge.methods.reading import AdapterInput, BaseView, Contribution, FullReplacement
+from streammerge.methods.placing import parameter_place, placed
+from streammerge.methods.reading import AdapterInput, Contribution, FullReplacement
+from streammerge.names.pieces import Parameter
 from streammerge.names.resolve import Found, Missing, Wanted
 
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -29,30 +33,29 @@ VALUE_HEADS = frozenset({"v_head", "value_head"})
 
 def resolve_full_tensors(parts: Parts, config: LoraConfig) -> list[Wanted]:
     """What the replacements, then the token rows, of an adapter ask the base for; new heads among them."""
-    replaced = [Wanted(part.key.module, (part.key.slot,), _same_shape(part.info)) for part in parts.replacements]
+    replaced = [
+        Wanted(part.key.module, (part.key.slot,), _same_shape(part.info), part.info.shape)
+        for part in parts.replacements
+    ]
     return [*replaced, *(Wanted(part.key.module, ("weight",), _same_width(part.info)) for part in parts.tokens)]
 
 
-def _same_shape(part: TensorInfo) -> Callable[[TensorInfo], bool]:
-    return lambda info: info.shape == part.shape
+def _same_shape(part: TensorInfo) -> Callable[[Parameter], bool]:
+    return lambda parameter: parameter.shape == part.shape
 
 
-def _same_width(part: TensorInfo) -> Callable[[TensorInfo], bool]:
-    return lambda info: len(info.shape) == 2 and info.shape[1] == part.shape[-1]
+def _same_width(part: TensorInfo) -> Callable[[Parameter], bool]:
+    return lambda parameter: len(parameter.shape) == 2 and parameter.shape[1] == part.shape[-1]
 
 
 def read_full_tensors(
-    adapter: AdapterInput,
-    config: LoraConfig,
-    base: BaseView,
-    answers: Sequence[Found | Missing],
-    contribution: Contribution,
+    adapter: AdapterInput, config: LoraConfig, answers: Sequence[Found | Missing], contribution: Contribution
 ) -> None:
     """Add the replacements and token rows to the contribution; `answers` belong to `resolve_full_tensors`."""
     parts = [*adapter.parts.replacements, *adapter.parts.tokens]
     for part, answer in zip(parts, answers, strict=True):
         if part in adapter.parts.tokens:
-            _read_tokens(part, answer, adapter, config, base, contribution)
+            _read_tokens(part, answer, adapter, config, contribution)
         else:
             _read_replacement(part, answer, adapter, config, contribution)
 
@@ -61,7 +64,7 @@ def _read_replacement(
     part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, contribution: Contribution
 ) -> None:
     if isinstance(answer, Found):
-        contribution.replacements.append(FullReplacement(answer.alias or answer.tensor, part, answer.rule, False))
+        contribution.replacements.append(FullReplacement(_stored_whole(part, answer), part, answer.rule, False))
     elif _is_new_head(part, config):
         contribution.replacements.append(FullReplacement(part.name, part, "new-head", True))
         contribution.notes.append(f"`{part.name}` is not in the base and is written as a new tensor")
@@ -72,6 +75,15 @@ def _read_replacement(
         raise CompositionError(
             (part.key.key,), f"a replaced parameter has no weighted form; its `--weight` is {adapter.weight:g}"
         )
+
+
+def _stored_whole(part: FullTensor, answer: Found) -> str:
+    """The stored tensor that a full tensor takes the place of."""
+    name = answer.target.tensor
+    if name is None:
+        reason = f"`{part.name}` replaces a parameter that the base stores in another form ({answer.rule})"
+        raise NotMergeableError((part.key.key,), reason, "merge into a checkpoint that stores it as one tensor")
+    return name
 
 
 def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:
@@ -86,24 +98,25 @@ def _read_tokens(
     answer: Found | Missing,
     adapter: AdapterInput,
     config: LoraConfig,
-    base: BaseView,
     contribution: Contribution,
 ) -> None:
     if isinstance(answer, Missing):
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))
         return
     indices = _indices_for(part, config)
-    info = base.tensors.get(answer.alias or "", base.tensors[answer.tensor])
+    target = answer.target
+    resized = next((other for other in contribution.replacements if other.tensor == target.tensor), None)
+    if resized:
+        target = Parameter.stored_as(replace(resized.part.info, name=resized.tensor))
     if len(part.info.shape) != 2 or part.info.shape[0] != len(indices):
         reason = f"`{part.key.key}` has shape {list(part.info.shape)}, the config lists {len(indices)} token indices"
         raise ConfigContradictionError((part.key.key,), reason)
-    if len(info.shape) != 2 or info.shape[1] != part.info.shape[1]:
-        reason = (
-            f"the token rows have width {part.info.shape[1]:,}, `{info.name}` in the base has shape {list(info.shape)}"
-        )
+    stored = f"`{target.name}` in the base has"
+    if len(target.shape) != 2 or target.shape[1] != part.info.shape[1]:
+        reason = f"the token rows have width {part.info.shape[1]:,}, {stored} shape {list(target.shape)}"
         raise ShapeMismatchError((part.key.key,), reason)
-    if max(indices) >= info.shape[0]:
-        reason = f"the adapter trains token {max(indices):,}, `{info.name}` in the base has {info.shape[0]:,} rows"
+    if max(indices) >= target.shape[0]:
+        reason = f"the adapter trains token {max(indices):,}, {stored} {target.shape[0]:,} rows"
         raise BaseMismatchError(
             (part.key.key,), reason, "the base's embeddings were resized for training: merge into that base"
         )
@@ -111,19 +124,11 @@ def _read_tokens(
         raise CompositionError(
             (part.key.key,), f"trained token rows have no weighted form; their `--weight` is {adapter.weight:g}"
         )
-    target = TensorInfo(answer.alias or info.name, info.dtype, info.shape, info.file, info.start, info.nbytes)
-    rows = FactorView.matrix(adapter.number, part.info, *part.info.shape)
-    contribution.operations.append(
-        Operation(
-            "token_rows",
-            Place.whole(target),
-            adapter.number,
-            part.key.module,
-            answer.rule,
-            {"rows": rows},
-            indices=indices,
-        )
-    )
+    rows = {"rows": FactorView.matrix(adapter.number, part.info, *part.info.shape)}
+    place = parameter_place(target)
+    number, module = adapter.number, part.key.module
+    operation = Operation("token_rows", place, number, module, answer.rule, rows, indices=indices)
+    contribution.operations += placed([operation], target)
 
 
 def _indices_for(part: FullTensor, config: LoraConfig) -> tuple[int, ...]:

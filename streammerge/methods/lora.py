@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from streammerge.core.errors import (
     AdapterError,
@@ -20,11 +19,13 @@ from streammerge.core.errors import (
     UnmatchedKey,
 )
 from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
-from streammerge.methods.experts import expert_operations, parameter_of
+from streammerge.methods.experts import StackedFactors, parameter_of, seen_orientation
 from streammerge.methods.full_tensors import read_full_tensors, resolve_full_tensors
 from streammerge.methods.lora_config import LoraConfig, parse_config
 from streammerge.methods.parts import ModuleFactors
+from streammerge.methods.placing import parameter_place, placed
 from streammerge.methods.reading import AdapterInput, BaseView, Contribution
+from streammerge.names.pieces import Parameter, Piece
 from streammerge.names.resolve import Found, Missing, Wanted
 
 PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
@@ -41,25 +42,30 @@ def read_lora(adapter: AdapterInput, base: BaseView) -> Contribution:
     wishes = [_wish(module, config, base) for module in modules]
     full = resolve_full_tensors(adapter.parts, config)
     answers = base.resolve([*wishes, *full])
-    resized = _resized(adapter, answers[len(wishes) :], base)
+    resized = _resized(adapter, answers[len(wishes) :])
+    found: list[_Module] = []
     for module, answer in zip(modules, answers, strict=False):
         if isinstance(answer, Missing):
             keys = sorted(info.name for info in module.slots.values())
             contribution.unmatched += [UnmatchedKey(key, answer.tried, answer.nearest) for key in keys]
         else:
-            info = resized.get(answer.alias or answer.tensor, base.tensors[answer.tensor])
-            contribution.operations += _Module(module, answer, info, adapter, config, base).operations()
-    sized = replace(base, tensors={**base.tensors, **resized}) if resized else base
-    read_full_tensors(adapter, config, sized, answers[len(wishes) :], contribution)
+            target = resized.get(answer.target.tensor or "", answer.target)
+            found.append(_Module(module, answer.rule, target, adapter, config, base))
+    orientation = seen_orientation(part.stacked for part in found)
+    for part in found:
+        contribution.operations += part.operations(orientation)
+    read_full_tensors(adapter, config, answers[len(wishes) :], contribution)
     return contribution
 
 
-def _resized(adapter: AdapterInput, answers: Sequence[Found | Missing], base: BaseView) -> dict[str, TensorInfo]:
+def _resized(adapter: AdapterInput, answers: Sequence[Found | Missing]) -> dict[str, Parameter]:
     """Tensors that the adapter brings itself with another number of rows: its factors fit those, not the base's."""
     pairs = zip(adapter.parts.replacements, answers, strict=False)
-    found = [(part.info, answer) for part, answer in pairs if isinstance(answer, Found)]
+    found = [(part.info, answer.target) for part, answer in pairs if isinstance(answer, Found)]
     return {
-        answer.alias or answer.tensor: replace(base.tensors[answer.tensor], shape=info.shape) for info, answer in found
+        target.tensor: Parameter(target.name, target.dtype, info.shape, (Piece.whole(target.tensor, info.shape),))
+        for info, target in found
+        if target.tensor
     }
 
 
@@ -88,44 +94,44 @@ def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
 
 def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
     parameter = parameter_of(module, config, base.architecture)
-    parameters = (parameter,) if parameter else ("weight", "in_proj_weight")
+    a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
+    shape: tuple[int, ...] | None = None
+    if len(a.shape) > 1 < len(b.shape) and parameter in (None, "weight"):
+        shape = (b.shape[0], *a.shape[1:]) if "lora_A" in module.slots else (a.shape[1], b.shape[0])
 
-    def fits(info: TensorInfo) -> bool:
-        a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
+    def fits(found: Parameter) -> bool:
         sizes = {math.prod(a.shape[1:]), b.shape[0]}
-        return (info.shape[-2:] == info.shape and set(info.shape) == sizes) or {
-            info.shape[0],
-            math.prod(info.shape[1:]),
-        } == sizes
+        return set(found.shape[-2:]) == sizes or {found.shape[0], math.prod(found.shape[1:])} == sizes
 
-    return Wanted(module.module, parameters, fits)
+    return Wanted(module.module, (parameter,) if parameter else ("weight", "in_proj_weight"), fits, shape)
 
 
 class _Module:
-    """One adapted module with the tensor it resolved to."""
+    """One adapted module with the parameter it resolved to."""
 
     def __init__(
         self,
         module: ModuleFactors,
-        found: Found,
-        info: TensorInfo,
+        rule: str,
+        target: Parameter,
         adapter: AdapterInput,
         config: LoraConfig,
         base: BaseView,
     ) -> None:
-        self.module, self.found, self.info = module, found, info
+        self.module, self.rule, self.target = module, rule, target
         self.adapter, self.config, self.base = adapter, config, base
-        self.target = found.alias or found.tensor
-        self.parameter = parameter_of(module, config, base.architecture)
-        self.name = f"{module.module}.{self.parameter}" if self.parameter else module.module
+        named = parameter_of(module, config, base.architecture)
+        self.name = f"{module.module}.{named}" if named else module.module
         embedding = "lora_embedding_A" in module.slots
         self.a, self.b = (module.slots[f"lora_embedding_{x}" if embedding else f"lora_{x}"] for x in "AB")
         self.embedding = embedding
+        is_stack = bool(named) and len(target.shape) == 3 and len(self.a.shape) == 2
+        self.stacked = StackedFactors(target, self.a, self.b, adapter) if is_stack else None
 
-    def operations(self) -> list[Operation]:
-        """What this module does."""
-        if self.parameter and len(self.info.shape) == 3 and len(self.a.shape) == 2:
-            return self._experts()
+    def operations(self, orientation: bool | None) -> list[Operation]:
+        """What this module does; `orientation` is that of the adapter's other experts."""
+        if self.stacked:
+            return self._experts(self.stacked, orientation)
         if len(self.a.shape) == 2 == len(self.b.shape) and self.a.shape[0] != self.b.shape[1]:
             raise self._mismatch()
         if len(self.a.shape) > 2:
@@ -136,8 +142,8 @@ class _Module:
             left, right, transposed = self._linear()
         self._check_rank(right.shape[0])
         scaling = self.config.scaling(self.name, right.shape[0]) * self._repeats()
-        operation = self._operation(Place.whole(self._target_info(), transposed=transposed), left, right, scaling)
-        return [*self._taken_from_base(operation, scaling), operation, *self._bias(scaling)]
+        operation = self._operation(parameter_place(self.target, transposed=transposed), left, right, scaling)
+        return [*placed([*self._taken_from_base(operation, scaling), operation], self.target), *self._bias(scaling)]
 
     def _operation(self, place: Place, left: FactorView, right: FactorView, scaling: float) -> Operation:
         factors = {"left": left, "right": right}
@@ -147,7 +153,7 @@ class _Module:
             factors["magnitude"] = self._magnitude(place)
             self._refuse_weight("a DoRA adapter")
         numbers = {"scaling": scaling * self.adapter.weight}
-        return Operation(formula, place, self.adapter.number, self.module.module, self.found.rule, factors, numbers)
+        return Operation(formula, place, self.adapter.number, self.module.module, self.rule, factors, numbers)
 
     def _linear(self) -> tuple[FactorView, FactorView, bool]:
         """A (r, in), B (out, r) on a weight stored (out, in), or (in, out) for Conv1D: decided by the shapes, and for
@@ -155,7 +161,7 @@ class _Module:
         if len(self.a.shape) != 2 or len(self.b.shape) != 2:
             raise self._mismatch()
         left, right = self._view(self.b), self._view(self.a)
-        shape, logical = self.info.shape, (self.b.shape[0], self.a.shape[1])
+        shape, logical = self.target.shape, (self.b.shape[0], self.a.shape[1])
         if shape == logical == logical[::-1]:
             architecture = self.base.architecture
             last = self.module.module.rpartition(".")[2]
@@ -168,7 +174,7 @@ class _Module:
 
     def _embedding(self) -> tuple[FactorView, FactorView, bool]:
         """A (r, V), B (d, r) on a table stored (V, d): the delta is `(B @ A)` transposed."""
-        if len(self.b.shape) != 2 or self.info.shape != (self.a.shape[1], self.b.shape[0]):
+        if len(self.b.shape) != 2 or self.target.shape != (self.a.shape[1], self.b.shape[0]):
             raise self._mismatch()
         return self._view(self.a).t, self._view(self.b).t, True
 
@@ -180,24 +186,22 @@ class _Module:
                 (self.a.name, self.b.name),
                 f"`{self.module.module}` is a grouped convolution, whose LoRA PEFT does not merge either",
             )
-        if self.info.shape != (out, *self.a.shape[1:]) or math.prod(self.b.shape[2:]) != 1:
+        if self.target.shape != (out, *self.a.shape[1:]) or math.prod(self.b.shape[2:]) != 1:
             raise self._mismatch()
         columns = math.prod(self.a.shape[1:])
         number = self.adapter.number
         return FactorView.matrix(number, self.b, out, rank), FactorView.matrix(number, self.a, rank, columns), False
 
-    def _experts(self) -> list[Operation]:
+    def _experts(self, stacked: StackedFactors, orientation: bool | None) -> list[Operation]:
         if MAGNITUDE in self.module.slots or BIAS in self.module.slots:
             raise NotMergeableError(
                 (self.a.name,), f"DoRA and biases are not defined for the stacked experts `{self.name}`"
             )
-        rank = self.a.shape[0] // self.info.shape[0]
-        self._check_rank(rank)
-        scaling = self.config.scaling(self.name, rank)
-        parts = expert_operations(
-            self._target_info(), (self.a, self.b), self.adapter.number, self.config, self.base.architecture
-        )
-        return [self._operation(place, left, right, scaling) for place, left, right in parts]
+        self._check_rank(stacked.rank)
+        scaling = self.config.scaling(self.name, stacked.rank)
+        transposed = stacked.transposed(orientation, self.config.peft_version, self.base.architecture)
+        operations = [self._operation(*expert, scaling) for expert in stacked.experts(transposed)]
+        return list(placed(operations, self.target, stacked=True))
 
     def _repeats(self) -> int:
         """PEFT adds the delta of a MultiheadAttention's `out_proj` twice, in the forward pass as in the merge (0.15 to
@@ -221,10 +225,10 @@ class _Module:
                 place,
                 self.adapter.number,
                 self.module.module,
-                self.found.rule,
+                self.rule,
                 {},
                 numbers,
-                rounding=self.info.dtype,
+                rounding=self.target.dtype,
             )
         ]
 
@@ -232,18 +236,17 @@ class _Module:
         if BIAS not in self.module.slots:
             return []
         delta = self.module.slots[BIAS]
-        name = self.found.tensor.removesuffix("weight") + "bias"
-        info = self.base.tensors.get(name)
-        if info is None or info.shape != delta.shape:
-            has = f"has shape {list(info.shape)}" if info else "is not in the base"
+        name = self.target.name.removesuffix("weight") + "bias"
+        found = self.base.find(name, delta.shape)
+        if found is None or found.target.shape != delta.shape:
+            has = f"has shape {list(found.target.shape)}" if found else "is not in the base"
             raise ShapeMismatchError((delta.name,), f"`lora_bias` has {delta.count:,} values for `{name}`, which {has}")
         factors = {"delta": FactorView.vector(self.adapter.number, delta)}
         numbers = {"scaling": scaling * self.adapter.weight}
-        return [
-            Operation(
-                "bias", Place.whole(info), self.adapter.number, self.module.module, self.found.rule, factors, numbers
-            )
-        ]
+        place, number = parameter_place(found.target), self.adapter.number
+        return list(
+            placed([Operation("bias", place, number, self.module.module, found.rule, factors, numbers)], found.target)
+        )
 
     def _magnitude(self, place: Place) -> FactorView:
         info = self.module.slots[MAGNITUDE]
@@ -251,7 +254,7 @@ class _Module:
         if info.count != channels:
             raise ShapeMismatchError(
                 (info.name,),
-                f"the magnitude has {info.count:,} values, `{self.target}` has {channels:,} output features",
+                f"the magnitude has {info.count:,} values, `{self.target.name}` has {channels:,} output features",
             )
         return FactorView.vector(self.adapter.number, info)
 
@@ -272,13 +275,9 @@ class _Module:
     def _view(self, info: TensorInfo) -> FactorView:
         return FactorView.matrix(self.adapter.number, info, *info.shape)
 
-    def _target_info(self) -> TensorInfo:
-        """The facts of the stored tensor under the name the adapter means, which differs for a tied alias."""
-        return replace(self.info, name=self.target)
-
     def _mismatch(self) -> AdapterError:
         shapes = f"A {list(self.a.shape)} and B {list(self.b.shape)}"
-        stored = f"`{self.found.tensor}` in the base has shape {list(self.info.shape)}"
+        stored = f"`{self.target.name}` in the base has shape {list(self.target.shape)}"
         reason = f"`{self.module.module}` has factors {shapes}, {stored}"
         advice = (
             "the base has another vocabulary than the adapter's"

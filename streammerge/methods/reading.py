@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from streammerge.core.errors import UnmatchedKey
-from streammerge.core.tensors import Operation, TensorInfo
+from streammerge.core.tensors import Operation
 from streammerge.methods.parts import FullTensor, Parts
 from streammerge.names.architectures import Architecture
 from streammerge.names.resolve import Found, Missing, Resolver, Wanted
@@ -19,26 +19,37 @@ from streammerge.names.resolve import Found, Missing, Resolver, Wanted
 
 @dataclass(frozen=True, slots=True)
 class BaseView:
-    """The base as names and shapes. `tensors` has the names of the output's layers, which differ from the stored ones
-    under layer replication."""
+    """The base as parameters: names, shapes, and where they are stored. Stored names are those of the output's layers,
+    which differ from the base's under layer replication."""
 
-    tensors: Mapping[str, TensorInfo]
-    architecture: Architecture | None
+    resolver: Resolver
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The base's architecture, None for one that is not in the table."""
+        return self.resolver.catalog.architecture
 
     def resolve(self, wishes: Sequence[Wanted]) -> list[Found | Missing]:
         """The targets of an adapter's wishes, all of them at once because the prefix solver needs to see them all."""
-        return Resolver(self.tensors, self.architecture).resolve(wishes)
+        return self.resolver.resolve(wishes)
+
+    def find(self, name: str, shape: tuple[int, ...]) -> Found | None:
+        """One parameter by its full name, by all rules but the prefix solver."""
+        return self.resolver.find(name, shape)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterInput:
-    """One adapter as a reader gets it: its number, its parts, its raw config, its weight in the sum."""
+    """One adapter as a reader gets it: its number, its parts, its raw config, its weight in the sum; and what the user
+    says of stacked experts that their files do not."""
 
     number: int
     parts: Parts
     config: Mapping[str, Any]
     weight: float
     ignored_fields: tuple[str, ...] = ()
+    expert_orientation: str = "auto"
+    expert_packing: str = "peft"
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Architecture:
         """The tied names, target to source, that `config` puts in force."""
         pairs: dict[str, str] = {}
         for group in self.groups:
-            if _flag(_part(config, group.config_path), group.model_type):
+            if _flag(config_part(config, group.config_path), group.model_type):
                 pairs |= group.pairs
         return pairs
 
@@ -79,7 +79,9 @@ class Architecture:
         """
         if not self.ties_in_force(config):
             return []
-        edits = [(path, False) for path in self.tie_flag_paths if _part(config, path[:-1]).get(path[-1]) is not False]
+        edits = [
+            (path, False) for path in self.tie_flag_paths if config_part(config, path[:-1]).get(path[-1]) is not False
+        ]
         edited = config
         for path, value in edits:
             edited = _with(edited, path, value)
@@ -101,7 +103,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     Qwen2-VL so.
     """
     table = _table()
-    inner = _part(config, ("text_config",))
+    inner = config_part(config, ("text_config",))
     outer_type = config.get("model_type")
     for name in _class_names(config):
         if name in table.type_of:
@@ -162,7 +164,7 @@ def _architecture(name: str, config: Mapping[str, Any]) -> Architecture:
         tied=MappingProxyType({target: source for group in groups for target, source in group.pairs.items()}),
         flag_used=own.get("flag_used", False),
         tie_flag_paths=tuple(sorted(places, key=len)),
-        tie_default=any(_flag(_part(unsaid, group.config_path), group.model_type) for group in groups),
+        tie_default=any(_flag(config_part(unsaid, group.config_path), group.model_type) for group in groups),
         other_ties=own.get("other_ties", False),
         expert_params=tuple(experts.get("params", ())),
         experts_transposed=experts.get("transposed", False),
@@ -190,7 +192,7 @@ def _groups(name: str, config: Mapping[str, Any], path: tuple[str, ...], prefix:
 
 def _type_at(config: Mapping[str, Any], path: tuple[str, ...], otherwise: str) -> str:
     """The model type of the config at `path`; `otherwise` where it names none that transformers has."""
-    named = _part(config, path).get("model_type")
+    named = config_part(config, path).get("model_type")
     return named if isinstance(named, str) and "tie" in _row(named) else otherwise
 
 
@@ -203,7 +205,7 @@ def _rows(config: Mapping[str, Any], model_type: str) -> Iterator[Mapping[str, A
     """The rows of the config and of the language models inside it, outermost first."""
     yield _row(_type_at(config, (), model_type))
     for name in _LANGUAGE_CONFIGS:
-        inner = _part(config, (name,))
+        inner = config_part(config, (name,))
         if inner:
             yield from _rows(inner, "")
 
@@ -220,13 +222,13 @@ def _flag(config: Mapping[str, Any], model_type: str) -> bool:
 
 
 def _sub_flag(config: Mapping[str, Any], row: Mapping[str, Any], name: str) -> bool:
-    return _flag(_part(config, (name,)), row["subs"][name])
+    return _flag(config_part(config, (name,)), row["subs"][name])
 
 
 def _places(config: Mapping[str, Any], path: tuple[str, ...], model_type: str) -> Iterator[tuple[str, ...]]:
     """Where the flag of the config at `path` may stand: its own keys and those of the sub-configs that count, or
     counted for transformers 4."""
-    part = _part(config, path)
+    part = config_part(config, path)
     row = _row(_type_at(part, (), model_type))
     keys = row.get("keys", (FLAG,))
     yield from ((*path, key) for key in keys if key in part or key == keys[-1])
@@ -242,7 +244,7 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names[:1] if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _part(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+def config_part(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
     """The object at `path`, empty where there is none."""
     for name in path:
         inner = config.get(name)
@@ -255,4 +257,4 @@ def _part(config: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]
 def _with(config: Mapping[str, Any], path: tuple[str, ...], value: object) -> dict[str, Any]:
     """A copy of `config` with `value` at `path`."""
     first, *rest = path
-    return {**config, first: _with(_part(config, (first,)), tuple(rest), value) if rest else value}
+    return {**config, first: _with(config_part(config, (first,)), tuple(rest), value) if rest else value}

@@ -1,20 +1,22 @@
-"""From the module paths of an adapter to tensor names of the base: four rules, tried in order, each recorded.
+"""From the module paths of an adapter to parameters of the base: rules, tried in order, each recorded.
 
-`exact`: the name is there. `base-prefix`: it is there with the class's base-model prefix added or removed, as for an
-adapter trained on the headless class. `tied-alias`: the name is absent because it is tied to one that is there.
-`prefix-solver`: one single exchange of leading segments maps everything that is left onto tensors of the right shape,
-and no other exchange does. Names only; what the shapes and values of a match mean is decided elsewhere.
+`exact`: the model, or the checkpoint, has the name. `base-prefix`: it does with the class's base-model prefix added or
+removed, as for an adapter trained on the headless class. `converted`: the rules of the table lead from the name to what
+is stored, as for an adapter of an older transformers. `tied-alias`: the name is absent because it is tied to one that
+is there. `fused` and `split`: it is a part of what is stored, or made of parts that are. `prefix-solver`: one single
+exchange of leading segments maps everything that is left onto parameters of the right shape, and no other does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from streammerge.core.tensors import TensorInfo
 from streammerge.core.text import nearest
-from streammerge.names.architectures import Architecture
+from streammerge.names.catalog import Catalog
+from streammerge.names.fused import Fused
+from streammerge.names.pieces import Parameter
 
 PREFIX_SEGMENTS = frozenset(
     {
@@ -32,35 +34,39 @@ PREFIX_SEGMENTS = frozenset(
     }
 )
 """Segments that wrappers add in front of a sub-model; the solver exchanges nothing else."""
-
-
 EXPLAINED = 64
 """Misses for which the nearest names are looked up: each compares with every name of the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A tensor an adapter module asks for: any of `parameters` under `module`. `fits` says whether a tensor's shape
-    would do; only the prefix solver asks."""
+    """A parameter an adapter module asks for: any of `parameters` under `module`. `shape` is that of the module's
+    weight, (out, in), where the factors tell. `fits` says whether a parameter would do; only the prefix solver asks."""
 
     module: str
     parameters: tuple[str, ...]
-    fits: Callable[[TensorInfo], bool]
+    fits: Callable[[Parameter], bool]
+    shape: tuple[int, ...] | None = None
 
     def names(self, module: str | None = None) -> tuple[str, ...]:
-        """The tensor names to look for, under this module or another in its stead."""
+        """The names to look for, under this module or another in its stead."""
         path = self.module if module is None else module
         return tuple(f"{path}.{parameter}" if path else parameter for parameter in self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The tensor a wish resolves to, and by which rule. `alias` is the name that was meant, where it is absent from the
-    base because it is tied to `tensor`."""
+    """The parameter a wish resolves to, and by which rule. `alias` is the stored name of the tensor that was meant,
+    where it is absent from the base because it is tied to this one."""
 
-    tensor: str
+    parameter: Parameter
     rule: str
     alias: str | None = None
+
+    @property
+    def target(self) -> Parameter:
+        """The parameter that was meant."""
+        return self.parameter.moved(self.alias) if self.alias else self.parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,12 @@ class Missing:
 
 
 class Resolver:
-    """Looks names up in one base; `architecture` is None for a class that is not in the table."""
+    """Looks names up in the catalog of one base."""
 
-    def __init__(self, base: Mapping[str, TensorInfo], architecture: Architecture | None) -> None:
-        self.base = base
-        self.prefix = architecture.base_prefix if architecture else ""
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.fused = Fused(catalog)
+        architecture = catalog.architecture
         self.ties = _tied_neighbours(architecture.tied if architecture else {})
         self._explained = 0
 
@@ -84,67 +91,88 @@ class Resolver:
         """One answer for each wish, in order."""
         answers: list[Found | None] = [self._by_rules(wish) for wish in wishes]
         left = [wish for wish, answer in zip(wishes, answers, strict=True) if answer is None]
-        taken = {answer.tensor for answer in answers if answer}
-        solved = solve_prefix(left, self.base, taken) if left else {}
+        taken = {answer.parameter.name for answer in answers if answer}
+        solved = solve_prefix(left, self.catalog, taken) if left else {}
         return [
             answer or solved.get(wish.names()) or self._missing(wish)
             for wish, answer in zip(wishes, answers, strict=True)
         ]
 
-    def find(self, name: str) -> Found | None:
-        """A full tensor name by the first three rules."""
-        for candidate, rule, alias in self._candidates(name):
-            if candidate in self.base:
-                return Found(candidate, rule, alias)
-        return None
+    def find(self, name: str, shape: tuple[int, ...] | None = None) -> Found | None:
+        """A full parameter name by all rules but the last."""
+        return next(self._candidates(name, shape), None)
 
     def _by_rules(self, wish: Wanted) -> Found | None:
-        return next((found for name in wish.names() if (found := self.find(name))), None)
+        return next((found for name in wish.names() if (found := self.find(name, wish.shape))), None)
 
-    def _candidates(self, name: str) -> Iterable[tuple[str, str, str | None]]:
-        """Names to look for, the rule each comes from, and the absent alias it would stand for."""
-        yield name, "exact", None
-        spellings = [name, *self._prefix_variants(name)]
-        for variant in spellings[1:]:
-            yield variant, "base-prefix", None
-        for spelling in spellings:
+    def _candidates(self, name: str, shape: tuple[int, ...] | None) -> Iterator[Found]:
+        """What the rules find, best first."""
+        catalog = self.catalog
+        if found := catalog.parameter(name):
+            yield Found(found, _said("exact", found))
+        if found := catalog.tensor(name):
+            yield Found(found, "exact")
+        if found := catalog.prefixed(name):
+            yield Found(found, _said("base-prefix", found))
+        if found := catalog.translated(name, shape):
+            yield Found(found, _said("converted", found))
+        yield from self._tied(name)
+        if shape is not None:
+            yield from (Found(found, rule) for found, rule in self.fused.find(name, shape))
+
+    def _tied(self, name: str) -> Iterator[Found]:
+        catalog = self.catalog
+        meant = catalog.conversions.rewrite(name).name
+        for spelling in dict.fromkeys((name, meant, *self._prefix_variants(name), *self._prefix_variants(meant))):
             for partner in self.ties.get(spelling, ()):
-                yield partner, "tied-alias", spelling
-                for variant in self._prefix_variants(partner):
-                    yield variant, "tied-alias", spelling
+                found = catalog.parameter(partner) or catalog.prefixed(partner)
+                if found and found.tensor:
+                    yield Found(found, _said("tied-alias", found), catalog.spelled(spelling))
 
     def _prefix_variants(self, name: str) -> tuple[str, ...]:
-        if not self.prefix:
+        prefix = self.catalog.prefix
+        if not prefix:
             return ()
-        inner = name.removeprefix(f"{self.prefix}.")
-        return (inner,) if inner != name else (f"{self.prefix}.{name}",)
+        return (name.removeprefix(prefix),) if name.startswith(prefix) else (prefix + name,)
 
     def _missing(self, wish: Wanted) -> Missing:
-        tried = tuple(
-            dict.fromkeys(f"{name} ({rule})" for full in wish.names() for name, rule, _ in self._candidates(full))
-        )
-        alike = nearest(wish.names()[0], tuple(self.base), 2) if self._explained < EXPLAINED else ()
+        tried: dict[str, None] = {}
+        for name in wish.names():
+            meant = self.catalog.conversions.rewrite(name)
+            tried[f"{name} (exact)"] = None
+            tried |= dict.fromkeys(f"{other} (base-prefix)" for other in self._prefix_variants(name))
+            if meant.rules:
+                tried[f"{meant.name} (converted by {', '.join(meant.rules)})"] = None
+            tried |= dict.fromkeys(f"{other} (tied-alias)" for other in self.ties.get(name, ()))
+            tried |= dict.fromkeys(f"{other} (fused)" for other in self.fused.tried(name))
+        alike = nearest(wish.names()[0], tuple(self.catalog.names), 2) if self._explained < EXPLAINED else ()
         self._explained += 1
-        return Missing(tried[:4], alike)
+        return Missing(tuple(tried)[:6], alike)
 
 
-def solve_prefix(
-    wishes: Sequence[Wanted], base: Mapping[str, TensorInfo], taken: set[str]
-) -> dict[tuple[str, ...], Found]:
-    """The one exchange of leading segments that maps every wish onto its own free tensor of a fitting shape; empty if
-    there is none, or more than one. Keys are the wishes' names."""
-    solutions: dict[tuple[str, ...], str] = {}
-    for strip, add in _exchanges(wishes[0], base):
-        mapping = _exchange(wishes, strip, add, base, taken)
+def _said(rule: str, found: Parameter) -> str:
+    """The rule, with those of the table that lead from disk to the parameter."""
+    return f"{rule}, {' '.join(found.rules)}" if found.rules else rule
+
+
+def solve_prefix(wishes: Sequence[Wanted], catalog: Catalog, taken: set[str]) -> dict[tuple[str, ...], Found]:
+    """The one exchange of leading segments that maps every wish onto its own free parameter of a fitting shape; empty
+    if there is none, or more than one. Keys are the wishes' names."""
+    solutions: dict[tuple[str, ...], tuple[str, list[Found]]] = {}
+    names = frozenset(catalog.names)
+    for strip, add in dict.fromkeys(_exchanges(wishes[0], names)):
+        mapping = _exchange(wishes, strip, add, catalog, taken)
         if mapping:
-            solutions[mapping] = f"prefix-solver: `{'.'.join(strip)}` -> `{'.'.join(add)}`"
+            rule = f"prefix-solver: `{'.'.join(strip)}` -> `{'.'.join(add)}`"
+            found = [Found(parameter, _said(rule, parameter)) for parameter in mapping]
+            solutions.setdefault(tuple(str(parameter.pieces) for parameter in mapping), (rule, found))
     if len(solutions) != 1:
         return {}
-    ((targets, rule),) = solutions.items()
-    return {wish.names(): Found(target, rule) for wish, target in zip(wishes, targets, strict=True)}
+    ((_, answers),) = solutions.values()
+    return {wish.names(): answer for wish, answer in zip(wishes, answers, strict=True)}
 
 
-def _exchanges(wish: Wanted, base: Mapping[str, TensorInfo]) -> Iterable[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _exchanges(wish: Wanted, names: Iterable[str]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Every exchange that the base's names suggest for one wish."""
     segments = tuple(wish.module.split("."))
     for count in range(min(4, len(segments))):
@@ -152,7 +180,7 @@ def _exchanges(wish: Wanted, base: Mapping[str, TensorInfo]) -> Iterable[tuple[t
         if not PREFIX_SEGMENTS.issuperset(strip):
             return
         for tail in wish.names(".".join(segments[count:])):
-            for name in base:
+            for name in names:
                 if name == tail or name.endswith(f".{tail}"):
                     add = tuple(name.split(".")[: -len(tail.split("."))])
                     if len(add) <= 4 and PREFIX_SEGMENTS.issuperset(add) and add != strip:
@@ -160,23 +188,20 @@ def _exchanges(wish: Wanted, base: Mapping[str, TensorInfo]) -> Iterable[tuple[t
 
 
 def _exchange(
-    wishes: Sequence[Wanted],
-    strip: tuple[str, ...],
-    add: tuple[str, ...],
-    base: Mapping[str, TensorInfo],
-    taken: set[str],
-) -> tuple[str, ...] | None:
-    targets: list[str] = []
+    wishes: Sequence[Wanted], strip: tuple[str, ...], add: tuple[str, ...], catalog: Catalog, taken: set[str]
+) -> list[Parameter]:
+    targets: list[Parameter] = []
     for wish in wishes:
         segments = tuple(wish.module.split("."))
         if segments[: len(strip)] != strip:
-            return None
+            return []
         names = wish.names(".".join((*add, *segments[len(strip) :])))
-        target = next((name for name in names if name in base and wish.fits(base[name])), None)
-        if target is None or target in taken:
-            return None
+        options = (catalog.parameter(name) or catalog.tensor(name) for name in names)
+        target = next((found for found in options if found and wish.fits(found)), None)
+        if target is None or target.name in taken:
+            return []
         targets.append(target)
-    return tuple(targets) if _all_different(targets) else None
+    return targets if _all_different([target.name for target in targets]) else []
 
 
 def _all_different(items: list[str]) -> bool:

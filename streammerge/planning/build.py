@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -23,6 +24,8 @@ from streammerge.methods.parts import Parts
 from streammerge.methods.readers import read_adapter
 from streammerge.methods.reading import AdapterInput, BaseView, Contribution
 from streammerge.names.architectures import architecture_of
+from streammerge.names.catalog import Catalog
+from streammerge.names.conversions import load_checked, shipped
 from streammerge.names.resolve import Resolver
 from streammerge.planning import ledger
 from streammerge.planning.config_edits import dtype_edits, edited, head_edits, vocabulary_edits
@@ -55,12 +58,13 @@ class _Builder:
         self.base = checkpoint.facts
         self.config: Mapping[str, Any] = self.base.config or {}
         self.architecture = architecture_of(self.config) if self.base.config else None
+        self.table = load_checked(Path(options.rules)) if options.rules else shipped()
 
     def plan(self) -> MergePlan:
         refuse_quantized(self.base.config, self.base.tensors)
-        stock, contributions, ignored = self._read_adapters()
+        stock, catalog, contributions, ignored = self._read_adapters()
         drafts = collect(contributions)
-        ties = Ties(stock.tensors, self.architecture, self.base.config, self.adapters, self.checkpoint.files)
+        ties = Ties(catalog, self.adapters, self.checkpoint.files)
         settled = ties.settle(drafts)
         for (number, key), rule in dict(settled.duplicates).items():
             ignored[number][key] = rule
@@ -93,7 +97,7 @@ class _Builder:
             figures=figures(outputs, layout.shards, self.base.tensors.values(), self.options),
         )
 
-    def _read_adapters(self) -> tuple[Stock, list[Contribution], list[dict[str, str]]]:
+    def _read_adapters(self) -> tuple[Stock, Catalog, list[Contribution], list[dict[str, str]]]:
         parts = [parts_of(adapter) for adapter in self.adapters]
         fields = self.options.ignore_config_field
         replications = [
@@ -102,28 +106,31 @@ class _Builder:
             if a.facts.config.get("peft_type") == "LORA"
         ]
         stock = replicate(self.base.tensors, self.base.config, one_replication(replications))
-        view = BaseView(stock.tensors, self.architecture)
+        catalog = Catalog(stock.tensors, self.architecture, self.config, self.table)
+        view = BaseView(Resolver(catalog))
         contributions: list[Contribution] = []
         ignored: list[dict[str, str]] = []
         for number, (adapter, part, weight) in enumerate(zip(self.adapters, parts, self.weights, strict=True)):
             if weight != 1 or len(parts) > 1:
                 part = self._without_copies(adapter, part, view)
-            contribution = read_adapter(AdapterInput(number, part, adapter.facts.config, weight, fields), view)
+            given = (fields, self.options.expert_orientation, self.options.expert_packing)
+            contribution = read_adapter(AdapterInput(number, part, adapter.facts.config, weight, *given), view)
             ignored.append(dict(part.ignored) | ledger.let_go(contribution, adapter, self.options.allow_unused))
             contributions.append(contribution)
         for adapter in self.adapters:
             check_finite(adapter)
-        return stock, contributions, ignored
+        return stock, catalog, contributions, ignored
 
     def _without_copies(self, adapter: Adapter, parts: Parts, view: BaseView) -> Parts:
         """The parts without replacements that are the base's own values. PEFT saves the table of an adapted embedding
         with it; for a weighted or one of several adapters it matters that this replaces nothing."""
-        resolver = Resolver(view.tensors, view.architecture)
+        stored = view.resolver.catalog.stored
         copies = {
             part.key.key: "the base's own values, saved with the adapter"
             for part in parts.replacements
-            if (found := resolver.find(part.name))
-            and same_bytes((adapter.files, part.info), (self.checkpoint.files, view.tensors[found.tensor]))
+            if (found := view.find(part.name, part.info.shape))
+            and found.parameter.tensor
+            and same_bytes((adapter.files, part.info), (self.checkpoint.files, stored[found.parameter.tensor]))
         }
         kept = tuple(part for part in parts.replacements if part.key.key not in copies)
         return dataclasses.replace(parts, replacements=kept, ignored={**parts.ignored, **copies})

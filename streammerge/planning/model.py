@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from streammerge.core.lines import Lines
 from streammerge.core.tensors import FactorView, MatrixView, Operation, OutputTensor, Place, Replacement, Stored
 from streammerge.planning.sidecars import Sidecar
 from streammerge.planning.tiles import ARITHMETIC_VERSION
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +185,23 @@ def _tensor_data(tensor: OutputTensor, facts: tuple[OperationFacts, ...]) -> dic
 
 
 def _operation_data(operation: Operation) -> dict[str, Any]:
-    place = _flat(operation.place) | {"view": _flat(operation.place.view)}
-    factors = {name: _flat(view) for name, view in operation.factors.items()}
-    return _flat(operation) | {"place": place, "factors": factors, "numbers": dict(operation.numbers)}
+    place = operation.place
+    region = {"view": _flat(place.view), "rows": _lines_data(place.rows), "cols": _lines_data(place.cols)}
+    factors = {
+        name: _flat(view) | {"axes": [_lines_data(axis) for axis in view.axes]}
+        for name, view in operation.factors.items()
+    }
+    return _flat(operation) | {
+        "place": _flat(place) | region,
+        "factors": factors,
+        "numbers": dict(operation.numbers),
+    }
+
+
+def _lines_data(lines: Lines) -> list[int]:
+    """The fields of `Lines`, as few as say it."""
+    data = [lines.start, lines.size, lines.step, lines.count, lines.pitch]
+    return data[:2] if lines.adjacent else data
 
 
 def _flat(value: Any) -> dict[str, Any]:
@@ -205,9 +220,9 @@ def _tensor_of(data: Mapping[str, Any]) -> tuple[OutputTensor, tuple[OperationFa
 
 def _operation_of(data: Mapping[str, Any]) -> Operation:
     place = dict(data["place"])
-    place |= {"view": MatrixView(**place["view"]), "rows": tuple(place["rows"]), "cols": tuple(place["cols"])}
+    place |= {"view": MatrixView(**place["view"]), "rows": Lines(*place["rows"]), "cols": Lines(*place["cols"])}
     factors = {
-        name: FactorView(**{**view, "shape": tuple(view["shape"]), "strides": tuple(view["strides"])})
+        name: FactorView(**{**view, "axes": tuple(Lines(*axis) for axis in view["axes"])})
         for name, view in data["factors"].items()
     }
     return Operation(**{**data, "place": Place(**place), "factors": factors, "indices": tuple(data["indices"])})

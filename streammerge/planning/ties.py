@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from streammerge.core.errors import ConfigContradictionError, NotMergeableError
-from streammerge.core.tensors import Operation, TensorInfo
+from streammerge.core.tensors import Operation
 from streammerge.methods import FORMULAS
 from streammerge.names.architectures import Architecture
+from streammerge.names.catalog import Catalog
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft
 from streammerge.planning.replicate import Edit
 from streammerge.planning.values import same_values
@@ -36,16 +36,10 @@ class Settled:
 class Ties:
     """Settles the ties of one base, whose weights are read only where both sides of a tie are stored."""
 
-    def __init__(
-        self,
-        base: Mapping[str, TensorInfo],
-        architecture: Architecture | None,
-        config: Mapping[str, Any] | None,
-        adapters: Sequence[Adapter],
-        files: TensorFiles,
-    ) -> None:
-        self.base, self.architecture, self.config, self.adapters = base, architecture, config or {}, adapters
-        self.files = files
+    def __init__(self, catalog: Catalog, adapters: Sequence[Adapter], files: TensorFiles) -> None:
+        self.catalog, self.base = catalog, catalog.stored
+        self.architecture, self.config = catalog.architecture, catalog.config
+        self.adapters, self.files = adapters, files
 
     def settle(self, drafts: dict[str, Draft]) -> Settled:
         """Settle every tie, changing `drafts` to one for each tensor that will be written.
@@ -61,7 +55,7 @@ class Ties:
             if pair := self._on_disk(target, source, drafts):
                 pairs.append(pair)
                 _share_saved_base(drafts, pair)
-                _share_tokens(drafts, self._spelling(source, drafts), pair)
+                _share_tokens(drafts, self._spelling(source), pair)
         parted = [pair for pair in pairs if not self._same_effect(*(drafts.get(name, Draft()) for name in pair))]
         if not parted:
             return Settled({}, self._keep_tied(drafts, pairs))
@@ -77,7 +71,7 @@ class Ties:
 
     def _on_disk(self, target: str, source: str, drafts: Mapping[str, Draft]) -> tuple[str, str] | None:
         """The stored side of a tie and the other, as spelled in this base; None if the tie is of no concern."""
-        names = [self._spelling(name, drafts) for name in (source, target)]
+        names = [self._spelling(name) for name in (source, target)]
         present = [name for name in names if name in self.base]
         if not present:
             self._refuse_elsewhere(target, source, drafts)
@@ -93,18 +87,18 @@ class Ties:
     def _refuse_elsewhere(self, target: str, source: str, drafts: Mapping[str, Draft]) -> None:
         """A tie declared under names that this checkpoint does not store may still bind what the adapter changes."""
         ends = tuple(f".{'.'.join(name.split('.')[-2:])}" for name in (source, target))
-        touched = [name for name in drafts if f".{name}".endswith(ends)]
+        parts = {piece.tensor for name in (source, target) if (p := self.catalog.parameter(name)) for piece in p.pieces}
+        touched = [name for name in drafts if f".{name}".endswith(ends) or name in parts]
         if touched:
             tie = f"`{source}`, tied to `{target}`"
-            reason = f"the adapter changes `{touched[0]}`, which may be the stored name of {tie}"
-            advice = "tied embeddings whose stored names differ from the model's are not supported yet"
+            reason = f"the adapter changes `{touched[0]}`, which may be the stored name of {tie}, or a part of it"
+            advice = "tied embeddings that are stored in another form than the model's are not supported yet"
             raise NotMergeableError(tuple(touched), reason, advice)
 
-    def _spelling(self, name: str, drafts: Mapping[str, Draft]) -> str:
-        prefix = self.architecture.base_prefix if self.architecture else ""
-        inner = name.removeprefix(f"{prefix}.")
-        spellings = [name, inner if inner != name else f"{prefix}.{name}"]
-        return next((s for s in spellings if s in self.base), next((s for s in spellings if s in drafts), name))
+    def _spelling(self, name: str) -> str:
+        """How this base stores a parameter, or would."""
+        found = self.catalog.parameter(name) or self.catalog.prefixed(name)
+        return (found.tensor if found else None) or self.catalog.spelled(name)
 
     def _same_effect(self, a: Draft, b: Draft) -> bool:
         if not self._same_replacement(a, b) or len(a.operations) != len(b.operations):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import FLOATS, as_numpy, itemsize, surely_finite
@@ -59,21 +58,22 @@ def _check_finite(adapter: Adapter, info: TensorInfo) -> None:
     adapter.files.give_back(info, 0, info.nbytes)
 
 
-def factor_array(view: FactorView, adapters: Sequence[Adapter], rows: tuple[int, int] | None = None) -> NDArray[Any]:
-    """Rows of a factor as a numpy array (all of it by default), in the precision of the file or float32 for BF16."""
+def factor_array(
+    view: FactorView, adapters: Sequence[Adapter], ranges: Sequence[tuple[int, int]] | None = None
+) -> NDArray[Any]:
+    """A factor as a numpy array, or a range of each axis, in the precision of the file or float32 for BF16."""
     import numpy as np
 
     adapter = adapters[view.adapter]
     info = adapter.facts.tensors[view.key]
-    first, last = rows or (0, view.shape[0])
-    shape = (last - first, *view.shape[1:])
-    low = view.offset + first * view.strides[0]
-    high = low + sum((n - 1) * step for n, step in zip(shape, view.strides, strict=True)) + 1
     width = itemsize(info.dtype)
-    words = np.frombuffer(adapter.files.read(info, low * width, high * width), f"u{width}")
-    steps = tuple(step * width for step in view.strides)
-    gathered = np.ascontiguousarray(np.lib.stride_tricks.as_strided(words, shape, steps, writeable=False))
-    return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(shape)
+    wanted = ranges or [(0, n) for n in view.shape]
+    gathered = np.empty([last - first for first, last in wanted], f"u{width}")
+    for block in view.blocks(wanted):
+        words = np.frombuffer(adapter.files.read(info, block.low * width, block.high * width), gathered.dtype)
+        steps = tuple(step * width for step in block.strides)
+        gathered[block.where] = np.lib.stride_tricks.as_strided(words, block.shape, steps, writeable=False)
+    return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(gathered.shape)
 
 
 def facts_of(outputs: Iterable[OutputTensor], adapters: Sequence[Adapter]) -> dict[str, tuple[OperationFacts, ...]]:
@@ -128,12 +128,11 @@ def _gram_in(dtype: np.dtype[Any], wide: FactorView, adapters: Sequence[Adapter]
     total: NDArray[Any] = np.zeros((rank, rank), dtype)
     step = max(1, PIECE // rank)
     for start in range(0, length, step):
-        size, offset = min(step, length - start), wide.offset + start * wide.strides[1]
-        piece = replace(wide, shape=(rank, size), offset=offset)
-        if wide.strides[1] == 1:
-            values = np.asarray(factor_array(piece, adapters), dtype)
+        every, piece = (0, rank), (start, min(start + step, length))
+        if wide.axes[1].step == 1:
+            values = np.asarray(factor_array(wide, adapters, (every, piece)), dtype)
         else:  # gathered as it lies in the file: transposing it there would take longer than the product
-            values = np.asarray(factor_array(piece.t, adapters), dtype).T
+            values = np.asarray(factor_array(wide.t, adapters, (piece, every)), dtype).T
         total += values @ values.T
     return total
 
@@ -145,8 +144,5 @@ def same_values(a: FactorView, b: FactorView, adapters: Sequence[Adapter]) -> bo
     if a.shape != b.shape:
         return False
     step = max(1, PIECE // max(1, math.prod(a.shape[1:])))
-    return all(
-        np.array_equal(factor_array(a, adapters, (start, end)), factor_array(b, adapters, (start, end)))
-        for start in range(0, a.shape[0], step)
-        for end in [min(start + step, a.shape[0])]
-    )
+    pieces = [[(n, min(n + step, a.shape[0])), *((0, m) for m in a.shape[1:])] for n in range(0, a.shape[0], step)]
+    return all(np.array_equal(factor_array(a, adapters, at), factor_array(b, adapters, at)) for at in pieces)

@@ -68,6 +68,8 @@ class Case:
     """Whether the output may hold tensors that the reference does not have: those of the base, unchanged."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the output's config.json and their values."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options the merge is told."""
 
     def __str__(self) -> str:
         return self.name

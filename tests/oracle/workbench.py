@@ -113,7 +113,7 @@ class Workbench:
 
     def _merge(self, case: Case, dtype: str, layout: str, where: Path, options: dict[str, Any]) -> Path:
         base = self.base(case.base, dtype, layout)
-        streammerge.merge(base, self.adapter(case, dtype), where, verify=False, **options)
+        streammerge.merge(base, self.adapter(case, dtype), where, verify=False, **case.options, **options)
         streammerge.verify(where, full=True)
         return where
 

@@ -18,8 +18,8 @@ def tensor(
     info = TensorInfo(name, dtype, shape, "f", 0, 0)
     if not rank:
         return OutputTensor(name, dtype, shape, Stored(name))
-    left = FactorView(0, "B", "F32", shape[0] * rank, (shape[0], rank), (rank, 1))
-    right = FactorView(0, "A", "F32", shape[1] * rank, (rank, shape[1]), (shape[1], 1))
+    left = FactorView.matrix(0, TensorInfo("B", "F32", (shape[0], rank), "", 0, 0), shape[0], rank)
+    right = FactorView.matrix(0, TensorInfo("A", "F32", (rank, shape[1]), "", 0, 0), rank, shape[1])
     numbers = {"scaling": 1.0, "rank": float(rank)}
     operation = Operation(formula, Place.whole(info), 0, name, "exact", {"left": left, "right": right}, numbers)
     return OutputTensor(name, dtype, shape, Stored(name), (operation,))

@@ -1,0 +1,242 @@
+"""From the names on disk to those of the model: transformers' conversion rules, applied without a model.
+
+Owns `conversions.json`, which scripts/generate_conversions.py makes from an installed transformers. Which rules hold,
+and under which path, follows from the class and the sub-configs that config.json names. The invariant: a name is only
+ever rewritten by a rule of the table, and every rule that fired is known by its key and number.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.core import io, strict_json
+from streammerge.core.errors import MalformedInputError
+from streammerge.names.architectures import Architecture, config_part, sibling
+from streammerge.names.operators import OPERATORS
+
+DATA = Path(__file__).with_name("conversions.json")
+FORMAT = 1
+LEGACY = "legacy"
+"""The key of old spellings that every model may be stored with."""
+DIGITS = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """One rule: names that `pattern` finds get the target in place of what was found. `steps` are the operators of a
+    conversion, empty for a rename; `offset` shifts an index; a `guarded` one acts only where its first source is."""
+
+    key: str
+    pattern: re.Pattern[str]
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    steps: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    offset: int = 0
+    guarded: bool = False
+
+    def rewrite(self, name: str) -> tuple[str, int] | None:
+        """The new name and the number of the source pattern that was found; None if none was."""
+        found = self.pattern.search(name)
+        if found is None:
+            return None
+        group = next(group for group, text in found.groupdict().items() if text is not None)
+        source = int(group[1:])
+        target = self.targets[source if self.guarded else 0]
+        inner = self.pattern.groupindex[group] + 1
+        if r"\1" in target:
+            text = found.group(inner)
+            target = target.replace(r"\1", str(int(text) + self.offset) if self.offset else text)
+        return name.replace(found.group(0), target, 1), source
+
+
+@dataclass(frozen=True, slots=True)
+class Scoped:
+    """A transform and the path it holds under: empty for all names, else a list of equal prefixes."""
+
+    transform: Transform
+    scopes: tuple[str, ...] = ()
+
+    def rewrite(self, name: str) -> tuple[str, int] | None:
+        """As `Transform.rewrite`, of what stands behind the scope; None outside of it."""
+        if not self.scopes:
+            return self.transform.rewrite(name)
+        scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
+        found = self.transform.rewrite(name[len(scope) :]) if scope is not None else None
+        return (f"{scope}{found[0]}", found[1]) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A name of the model, by the rules that fired; `converter` is the conversion the tensor takes part in, as its
+    `source`-th kind of input and under the name `renamed`."""
+
+    name: str
+    rules: tuple[str, ...] = ()
+    converter: Transform | None = None
+    source: int = 0
+    renamed: str = ""
+
+
+class Conversions:
+    """The rules of one config, in order. `fixed` are names, indices as `#`, that are the model's already; `stored` are
+    the names of the checkpoint, which decide whether guarded rules act."""
+
+    def __init__(self, scoped: Sequence[Scoped], fixed: frozenset[str], stored: Iterable[str]) -> None:
+        self.fixed = fixed
+        guarded = [rule for rule in scoped if rule.transform.guarded]
+        names = list(stored) if guarded else []
+        idle = [rule for rule in guarded if not any((hit := rule.rewrite(name)) and hit[1] == 0 for name in names)]
+        self.renames = [rule for rule in scoped if not rule.transform.steps and rule not in idle]
+        self.converters = [rule for rule in scoped if rule.transform.steps]
+
+    def rewrite(self, name: str) -> Rewritten:
+        """A name on disk as the model's name: every rename that finds something, in order, then one conversion."""
+        if self.fixed and DIGITS.sub("#", name) in self.fixed:
+            return Rewritten(name)
+        fired: list[str] = []
+        for rule in self.renames:
+            hit = rule.rewrite(name)
+            if hit and hit[0] != name:
+                name = hit[0]
+                fired.append(rule.transform.key)
+        for rule in self.converters:
+            hit = rule.rewrite(name)
+            if hit:
+                return Rewritten(hit[0], (*fired, rule.transform.key), rule.transform, hit[1], name)
+        return Rewritten(name, tuple(fired))
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A model inside a model: its module path, class and model type."""
+
+    path: str
+    class_name: str
+    model_type: str
+
+
+class Table:
+    """The rules of a file: transforms by registry key, models inside models by class, what AutoModel builds."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        if content["meta"]["format"] != FORMAT:
+            raise ValueError(f"its format is {content['meta']['format']}, this is {FORMAT}")
+        self.version: str = content["meta"]["transformers"]
+        self.keys: Mapping[str, Sequence[int]] = content["rules"]
+        self._pool: Sequence[Mapping[str, Any]] = content["transforms"]
+        self._classes: Mapping[str, Any] = content["classes"]
+        self._auto: Mapping[str, str] = content["auto"]
+
+    def transforms(self, key: str) -> Iterator[Transform]:
+        """The rules under a registry key, in order. Patterns are compiled here: nobody needs all of them."""
+        for number, at in enumerate(self.keys.get(key, ())):
+            row = self._pool[at]
+            yield Transform(
+                key=f"{key}[{number}]",
+                pattern=re.compile(row["re"]),
+                sources=tuple(row["from"]),
+                targets=tuple(row["to"]),
+                steps=tuple((name, arguments) for name, arguments in row.get("ops", ())),
+                offset=row.get("offset", 0),
+                guarded=row["kind"] == "group",
+            )
+
+    def conversions(
+        self, architecture: Architecture | None, config: Mapping[str, Any], stored: Iterable[str]
+    ) -> Conversions:
+        """The rules for a config and its architecture; old spellings only, where that is not known."""
+        scoped = [Scoped(transform) for transform in self.transforms(LEGACY)]
+        if architecture is None:
+            return Conversions(scoped, frozenset(), stored)
+        fixed = frozenset(self._classes.get(architecture.name, {}).get("fixed", ()))
+        return Conversions([*self._scoped(architecture, config), *scoped], fixed, stored)
+
+    def _scoped(self, architecture: Architecture, config: Mapping[str, Any]) -> Iterator[Scoped]:
+        """As transformers collects them: every model inside the model is looked up by class, then by model type, unless
+        one around it has claimed the same rules."""
+        claimed: dict[str, list[str]] = {}
+        root = Node("", architecture.name, architecture.model_type)
+        for node in (root, *self._inside(architecture.name, config, "")):
+            if _is_inside(node.path, claimed.get(node.class_name, ())):
+                continue
+            key = node.class_name if node.class_name in self.keys else node.model_type
+            if key not in self.keys or (key != node.class_name and _is_inside(node.path, claimed.get(key, ()))):
+                continue
+            scopes = _scopes(node.path, architecture.base_prefix)
+            yield from (Scoped(transform, scopes) for transform in self.transforms(key))
+            for name in {node.class_name, key}:
+                claimed.setdefault(name, []).append(node.path)
+
+    def _inside(self, class_name: str, config: Mapping[str, Any], path: str) -> Iterator[Node]:
+        """The models inside a class whose config is `config`, in the order of its modules. Where the config names
+        another model type than the class was tabulated with, what is built for that one stands there instead."""
+        replaced: list[str] = []
+        for below, inner, model_type, where in self._classes.get(class_name, {}).get("subs", ()):
+            if _is_inside(below, replaced):
+                continue
+            part = config_part(config, tuple(where.split(".")) if where else ())
+            named = part.get("model_type", model_type) if where else model_type
+            other = self._other_class(inner, model_type, named)
+            yield Node(_joined(path, below), other or inner, named)
+            if other:
+                replaced.append(below)
+                yield from self._inside(other, part, _joined(path, below))
+
+    def _other_class(self, class_name: str, model_type: str, named: str) -> str | None:
+        """The class for model type `named` where `class_name` is the one for `model_type`, or None for the same."""
+        if named == model_type:
+            return None
+        if self._auto.get(model_type) == class_name:
+            return self._auto.get(named)
+        head = class_name.find("For")
+        return sibling(named, class_name[head:]) if head > 0 else None
+
+
+@functools.cache
+def shipped() -> Table:
+    """The table that comes with the package."""
+    return load(DATA)
+
+
+def load(path: Path) -> Table:
+    """The table in a file. Raises MalformedInputError where it is not one."""
+    content = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+    try:
+        return Table(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedInputError(str(path), f"it is not a table of conversion rules: {error!r}") from error
+
+
+def load_checked(path: Path) -> Table:
+    """A user's own table, every rule of which is looked at. Raises MalformedInputError."""
+    table = load(path)
+    try:
+        steps = {name for key in table.keys for rule in table.transforms(key) for name, _ in rule.steps}
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, re.error) as error:
+        raise MalformedInputError(str(path), f"it is not a table of conversion rules: {error!r}") from error
+    unknown = sorted(steps - OPERATORS.keys())
+    if unknown:
+        raise MalformedInputError(str(path), f"it has the unknown operator {unknown[0]}")
+    return table
+
+
+def _scopes(path: str, base_prefix: str) -> tuple[str, ...]:
+    """The prefixes of names that a model at `path` owns: with and without the base-model prefix."""
+    if not path:
+        return ()
+    scope = path.removeprefix(base_prefix).removeprefix(".")
+    inner, base = f"{scope}." if scope else "", f"{base_prefix}." if base_prefix else ""
+    return (base + inner, inner)
+
+
+def _is_inside(path: str, others: Iterable[str]) -> bool:
+    return any(not other or path.startswith(f"{other}.") for other in others)
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

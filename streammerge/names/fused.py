@@ -1,0 +1,98 @@
+"""Parts of fused modules, and fused modules stored in parts: the table of layouts, joined with a catalog.
+
+What comes out is a parameter like any other, in the orientation (out, in), so that nothing after this knows of fusing.
+The invariant: a layout is used only where its sizes give exactly the shapes of what is stored and of what is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from streammerge.core.lines import Lines, all_lines
+from streammerge.names.catalog import Catalog
+from streammerge.names.layouts import Layout, Part, layouts_for
+from streammerge.names.pieces import Axis, Parameter, Piece, through
+
+
+class Fused:
+    """Finds modules of one base that are stored in another grouping than the adapter names them in."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        architecture = catalog.architecture
+        self.layouts = layouts_for(architecture.model_type if architecture else None, catalog.config)
+
+    def find(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Parameter, str]]:
+        """Parameters of that `shape`, (out, in) or (out,), that the name may stand for, each with its rule."""
+        module, _, kind = name.rpartition(".")
+        for layout in self.layouts:
+            part = layout.part_of(module)
+            if part and (found := self._part(layout, part, kind, name, shape)):
+                yield found, f"fused: part {part.index + 1} of {len(layout.parts)} of `{layout.fused}`"
+            for paths in layout.parts_of(module):
+                if found := self._whole(layout, [f"{path}.{kind}" for path in paths], name, shape):
+                    yield found, f"split: `{layout.fused}` is stored as {len(paths)} modules"
+
+    def tried(self, name: str) -> list[str]:
+        """The fused modules that the table knows `name` as a part of."""
+        module = name.rpartition(".")[0]
+        return list(dict.fromkeys(part.fused for layout in self.layouts if (part := layout.part_of(module))))
+
+    def _lookup(self, name: str) -> Parameter | None:
+        catalog = self.catalog
+        return catalog.parameter(name) or catalog.tensor(name) or catalog.prefixed(name)
+
+    def _part(self, layout: Layout, part: Part, kind: str, name: str, shape: tuple[int, ...]) -> Parameter | None:
+        """The part of a stored module."""
+        found = self._lookup(f"{part.fused}.{kind}") or (self._lookup(part.fused) if kind == "weight" else None)
+        if found is None:
+            return None
+        for transposed in (layout.transposed, not layout.transposed):
+            try:
+                piece = _part_piece(layout, part, found, shape, transposed=transposed)
+            except ValueError:
+                continue
+            return replace(through(name, found.dtype, [piece], {found.name: found}), rules=found.rules)
+        return None
+
+    def _whole(self, layout: Layout, names: list[str], name: str, shape: tuple[int, ...]) -> Parameter | None:
+        """The whole of a module that is stored in parts."""
+        if layout.experts or not all(found := [self._lookup(part) for part in names]):
+            return None
+        parts = [part for part in found if part]
+        try:
+            rows = [layout.lines(number, shape[0]) for number in range(len(parts))]
+            pieces = [_whole_piece(part, lines, shape) for part, lines in zip(parts, rows, strict=True)]
+        except ValueError:
+            return None
+        return through(name, parts[0].dtype, pieces, {part.name: part for part in parts})
+
+
+def _part_piece(layout: Layout, part: Part, found: Parameter, shape: tuple[int, ...], *, transposed: bool) -> Piece:
+    """A part as a piece of the stored module `found`. Raises ValueError where the sizes do not agree."""
+    sizes = found.shape
+    stacked = layout.experts == "stacked"
+    if len(sizes) != len(shape) + stacked or (part.expert is None) == bool(layout.experts):
+        raise ValueError("another number of axes")
+    if stacked and not 0 <= (part.expert or 0) < sizes[0]:
+        raise ValueError("no such expert")
+    first = int(stacked)
+    ranges = {number: all_lines(size) for number, size in enumerate(sizes) if number >= first}
+    if layout.experts == "rows":
+        ranges[0] = layout.block(part.expert or 0, sizes[0])
+    out, into = (first + 1, first) if transposed and len(shape) == 2 else (first, first + 1)
+    ranges[out] = layout.lines(part.index, ranges[out].total).shifted(ranges[out].start)
+    axes = tuple(Axis(n, all_lines(ranges[n].total), ranges[n]) for n in (out, into)[: len(shape)])
+    if tuple(axis.here.total for axis in axes) != shape:
+        raise ValueError("another shape")
+    return Piece(found.name, sizes, axes, ((0, part.expert or 0),) if stacked else ())
+
+
+def _whole_piece(part: Parameter, lines: Lines, shape: tuple[int, ...]) -> Piece:
+    """A stored part as a piece of the whole of `shape`."""
+    if part.shape != (lines.total, *shape[1:]):
+        raise ValueError("another shape")
+    axes = [Axis(0, lines, all_lines(lines.total))]
+    axes += [Axis(number, all_lines(size), all_lines(size)) for number, size in enumerate(shape) if number]
+    return Piece(part.name, part.shape, tuple(axes))
