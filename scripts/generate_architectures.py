@@ -157,9 +157,14 @@ class Classes:
         the config names, and whether there are ties of another kind."""
         declared = cls.__dict__.get("_tied_weights_keys", getattr(cls, "_tied_weights_keys", None))
         source = self.sources[cls.__module__]
-        other = not isinstance(declared, dict | None) or source.builds_ties(cls)
-        pairs = declared.items() if isinstance(declared, dict) else ()
-        plain = {a: b for a, b in pairs if PLAIN_NAME.fullmatch(a) and PLAIN_NAME.fullmatch(b)}
+        written = source.built_ties(cls)
+        other = not isinstance(declared, dict | None) or None in written
+        pairs = dict(declared) if isinstance(declared, dict) else {}
+        for more in written:
+            pairs |= more or {}
+        # An anchor at either end of a whole name says nothing.
+        pairs = {a.strip("^$"): b.strip("^$") for a, b in pairs.items()}
+        plain = {a: b for a, b in pairs.items() if PLAIN_NAME.fullmatch(a) and PLAIN_NAME.fullmatch(b)}
         other |= len(plain) < len(pairs)
         ties = {"": plain} if plain else {}
         auto: dict[str, list[str]] = {}

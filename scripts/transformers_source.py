@@ -54,15 +54,10 @@ class ModelingSource:
         """Whether a `forward` of one of the classes reads an attribute called like one of `fields`."""
         return any(not fields.isdisjoint(_read_in_forward(self.classes[name])) for name in names)
 
-    def builds_ties(self, cls: type) -> bool:
-        """Whether the class itself writes its declaration of ties while it is built."""
-        return any(
-            isinstance(node, ast.Attribute)
-            and node.attr == "_tied_weights_keys"
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "self"
-            for node in ast.walk(self.classes[cls.__name__])
-        )
+    def built_ties(self, cls: type) -> list[dict[str, str] | None]:
+        """The declarations of ties that the class writes while it is built; None for one that is computed."""
+        pairs = (pair for node in ast.walk(self.classes[cls.__name__]) for pair in _assignments(node))
+        return [_literal(value) for attribute, value in pairs if attribute == "_tied_weights_keys"]
 
     def inner_models(self, cls: type) -> dict[str, tuple[str, str]]:
         """Attributes that hold a model: its class (or `AutoModel...`) and the path of its config in this one's."""
@@ -103,19 +98,28 @@ class ModelingSource:
         return {attribute for name in names for attribute in _conv1d_attributes(self.classes[name])}
 
     def experts(self, names: list[str]) -> dict[str, Any]:
-        """The stacked parameters of the experts among the classes, in the order of registration, and whether they lie
-        (in, out). Routed experts before shared ones."""
+        """The parameters of each class of experts among the classes, in the order of registration, routed experts
+        before shared ones, and whether the first of them lie (in, out)."""
         found = []
         for name in names:
             node = self.classes[name]
-            params = _stacked_parameters(node)
+            params = _expert_parameters(node)
             routed = [d for d in node.decorator_list if "use_experts_implementation" in ast.unparse(d)]
-            if params and (routed or "Experts" in name):
+            if params and (routed or "Expert" in name):
                 found.append((not routed, name, params, any("is_transposed=True" in ast.unparse(d) for d in routed)))
         if not found:
             return {}
-        *_, params, transposed = min(found)
-        return {"params": params, "transposed": transposed}
+        orders = list(dict.fromkeys(tuple(params) for _, _, params, _ in sorted(found)))
+        return {"params": orders, "transposed": min(found)[-1]}
+
+
+def _literal(value: ast.expr) -> dict[str, str] | None:
+    """A dictionary of names that stands in the source; nothing is what no ties are."""
+    try:
+        found = ast.literal_eval(value)
+    except ValueError:
+        return None
+    return {} if found is None else found if isinstance(found, dict) else None
 
 
 def handles_flag(config_class: type) -> bool:
@@ -221,8 +225,9 @@ def _conv1d_attributes(node: ast.ClassDef) -> frozenset[str]:
 
 
 @functools.cache
-def _stacked_parameters(node: ast.ClassDef) -> list[str]:
-    """Attributes that are set to `nn.Parameter(torch.empty(experts, rows, columns))`, in order."""
+def _expert_parameters(node: ast.ClassDef) -> list[str]:
+    """Attributes that are set to `nn.Parameter(torch.empty(experts, rows, columns))`, in order; of experts that lie one
+    below the other, `(experts * rows, columns)`."""
     found = []
     for attribute, value in (pair for part in ast.walk(node) for pair in _assignments(part)):
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "nn.Parameter" and value.args:
@@ -230,6 +235,6 @@ def _stacked_parameters(node: ast.ClassDef) -> list[str]:
             sizes = inner.args if isinstance(inner, ast.Call) else []
             if len(sizes) == 1 and isinstance(sizes[0], ast.Tuple):
                 sizes = sizes[0].elts
-            if len(sizes) == 3:
+            if len(sizes) == 3 or (len(sizes) == 2 and "experts" in ast.unparse(sizes[0]) and "*" in ast.unparse(sizes[0])):
                 found.append(attribute)
     return list(dict.fromkeys(found))

@@ -28,8 +28,9 @@ def parameter_of(module: ModuleFactors, config: LoraConfig, architecture: Archit
     names = [name.rpartition(".")[2] for name in config.target_parameters if _is_in(name, module.module)]
     if not names:
         return None
-    order = [*(architecture.expert_params if architecture else ()), *REGISTRATION_ORDER]
-    if len(names) > 1 and not set(names) <= set(order):
+    orders = [*(architecture.expert_orders if architecture else ()), REGISTRATION_ORDER]
+    order = next((order for order in orders if set(names) <= set(order)), ())
+    if len(names) > 1 and not order:
         raise NotMergeableError(
             tuple(names), f"the order in which `{module.module}` registers its parameters is not known"
         )

@@ -41,8 +41,9 @@ class Architecture:
     `tied` maps every target to its source; they hold only where `ties_in_force`. `flag_used`: the forward pass does
     something else with the flag, so that it must not be changed. `tie_flag_paths`: where in config.json the flag may
     stand, outermost first; `tie_default`: what an absent one means. `other_ties`: there are ties besides `tied` that
-    are no pairs of names (patterns, shared layers). `expert_params`: stacked parameters in the order in which the
-    experts' module registers them; `experts_transposed`: they lie (experts, in, out). `conv1d`: names of
+    are no pairs of names (patterns, shared layers). `expert_orders`: the parameters of each kind of experts,
+    routed ones first, in the order in which their module registers them; `experts_transposed`: those of the first kind
+    lie (experts, in, out). `conv1d`: names of
     modules that store their weight (in, out).
     """
 
@@ -54,7 +55,7 @@ class Architecture:
     tie_flag_paths: tuple[tuple[str, ...], ...]
     tie_default: bool
     other_ties: bool
-    expert_params: tuple[str, ...]
+    expert_orders: tuple[tuple[str, ...], ...]
     experts_transposed: bool
     conv1d: frozenset[str]
     groups: tuple[TieGroup, ...]
@@ -166,7 +167,7 @@ def _architecture(name: str, config: Mapping[str, Any]) -> Architecture:
         tie_flag_paths=tuple(sorted(places, key=len)),
         tie_default=any(_flag(config_part(unsaid, group.config_path), group.model_type) for group in groups),
         other_ties=own.get("other_ties", False),
-        expert_params=tuple(experts.get("params", ())),
+        expert_orders=tuple(tuple(order) for order in experts.get("params", ())),
         experts_transposed=experts.get("transposed", False),
         conv1d=frozenset(name for row in _rows(config, model_type) for name in row.get("conv1d", ())),
         groups=groups,

@@ -90,20 +90,21 @@ def test_the_forward_pass_of_t5_and_its_kin_uses_the_flag() -> None:
 @pytest.mark.parametrize(
     ("config", "params", "transposed"),
     [
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, ("gate_up_proj", "down_proj"), False),
-        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, ("gate_up_proj", "down_proj"), True),
-        ({"model_type": "openai_privacy_filter"}, ("gate_up_proj", "down_proj"), True),
-        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, ("gate_up_proj", "down_proj"), True),
-        ({"model_type": "llava", "text_config": {"model_type": "mixtral"}}, ("gate_up_proj", "down_proj"), False),
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, ("gate_up_proj", "down_proj"), False),
-        ({"model_type": "nemotron_h"}, ("up_proj", "down_proj"), False),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, (("gate_up_proj", "down_proj"),), False),
+        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, (("gate_up_proj", "down_proj"),), True),
+        ({"model_type": "openai_privacy_filter"}, (("gate_up_proj", "down_proj"),), True),
+        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, (("gate_up_proj", "down_proj"),), True),
+        ({"model_type": "llava", "text_config": {"model_type": "mixtral"}}, (("gate_up_proj", "down_proj"),), False),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, (("gate_up_proj", "down_proj"),), False),
+        ({"model_type": "nemotron_h"}, (("up_proj", "down_proj"),), False),
+        ({"model_type": "dbrx"}, (("w1", "v1", "w2"),), False),
         ({"model_type": "llama"}, (), False),
     ],
 )
 def test_expert_parameters_are_known_in_registration_order(
-    config: dict[str, Any], params: tuple[str, ...], transposed: bool
+    config: dict[str, Any], params: tuple[tuple[str, ...], ...], transposed: bool
 ) -> None:
-    assert (known(config).expert_params, known(config).experts_transposed) == (params, transposed)
+    assert (known(config).expert_orders, known(config).experts_transposed) == (params, transposed)
 
 
 def test_modules_that_store_their_weight_transposed_are_known() -> None:

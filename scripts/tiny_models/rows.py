@@ -1,0 +1,195 @@
+"""What a model type needs beyond sizes by name: one row each, a dict for a config inside.
+
+A row stands wherever its model type stands, inside another config too. Rows make both kinds of layer appear where an
+architecture has dense and routed ones, and say what a config class refuses or a model needs and has no default for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+GLOBAL_HEADS = {"global_head_dim": 24, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA_EXPERTS = {"num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 20}
+SAM = {"image_size": 16, "mlp_dim": 40, "window_size": 2}
+GRANITE_ENCODER = {
+    "hidden_dim": 32,
+    "feedforward_mult": 2,
+    "context_size": 8,
+    "max_pos_emb": 8,
+    "conv_kernel_size": 3,
+    "input_dim": 8,
+}
+DENSE_FIRST = {"mlp_layer_types": ["dense", "sparse"]}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}
+
+ROWS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1], "resolution": 8},
+    "codegen": {"rotary_dim": 4},
+    "cohere2_moe": DENSE_FIRST,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_sam_vision_model": {**SAM, "downsample_channels": [12, 20]},
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "diffusion_gemma_text": {"global_head_dim": 24, "num_global_key_value_heads": 1, **GEMMA_EXPERTS},
+    "distilbert": {"hidden_dim": 40},
+    "deepseek_v2": {"first_k_dense_replace": 1},
+    "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 3, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {
+        "head_dim": 24,
+        "per_layer_config": {},
+        "num_key_value_heads": 4,
+        "layer_types": ["indexed_attention", "sliding_attention"],
+    },
+    "dots3_note_vision_encoder": DENSE_FIRST,
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 2]},
+    "ernie4_5_vl_moe_text": {
+        "moe_num_experts": 4,
+        "moe_intermediate_size": [20, 12],
+        "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]},
+    },
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "esmc": {"num_key_value_heads": 4, "head_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "florence_vision": {
+        "depths": [1, 1],
+        "embed_dim": [16, 32],
+        "num_heads": [2, 4],
+        "num_groups": [2, 4],
+        "patch_size": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [3, 1],
+        "patch_prenorm": [False, True],
+        "window_size": 2,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [40] * 4,
+    },
+    "gemma4": {"vision_config": {}, "audio_config": {}},
+    "gemma4_audio": {"subsampling_conv_channels": [8, 4]},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "enable_moe_block": False,
+            "num_kv_shared_layers": 2,
+        },
+    },
+    "gemma4_text": {"enable_moe_block": True, **GLOBAL_HEADS, **GEMMA_EXPERTS},
+    "gemma4_unified": {"vision_config": {}, "audio_config": {}},
+    "gemma4_unified_assistant": {
+        "text_config": {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+        },
+    },
+    "gemma4_unified_text": GLOBAL_HEADS,
+    "glm46v_text": MROPE,
+    "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+    "glm4v_text": MROPE,
+    "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "head_dim": 0},
+    "glm_ocr_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+    "glmga_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+    "got_ocr2_vision": SAM,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "1/2",
+        "vision_config": {"hidden_size": 128, "image_size": 16},
+    },
+    "granite_speech_encoder": GRANITE_ENCODER,
+    "granite_speech_plus_encoder": GRANITE_ENCODER,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 3, "moe_topk": 2},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "informer": {"prediction_length": 8},
+    "inkling_text": DENSE_FIRST,
+    # Fewer layers than the patch has scales need scipy.
+    "inkling_vision": {"n_layers": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 2]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {"moe_layers": [1]},
+    "mellum": DENSE_FIRST,
+    "mimi": {"upsample_groups": 4},
+    "minimax_m3_vl_text": DENSE_FIRST,
+    "ministral": {"head_dim": 16, "num_key_value_heads": 2},
+    "mistral4": {"first_k_dense_replace": 1},
+    "mllama_vision_model": {
+        "vision_output_dim": 96,
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    },
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "moshi": {"num_codebooks": 2},
+    "muse_spark_audio": {"patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1], "num_hidden_layers": 2},
+    "muse_spark_text": DENSE_FIRST,
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "nystromformer": {"segment_means_seq_len": 8},
+    "paddleocr_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}},
+    "pp_chart2table_vision": SAM,
+    "pp_formulanet_vision": SAM,
+    "qwen2_5_omni_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_vl_text": MROPE,
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 20},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1],
+        "split_ngram_parts": 2,
+        "heads_per_ngram": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "ple_embed_dim": 32,
+        "eos_token_id": 2,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
+    "step3p5": {"sliding_window": 8},
+    "step3p5_vision": {"mlp_ratio": 2.0},
+    "squeezebert": {"embedding_size": 32},
+    "time_series_transformer": {"prediction_length": 8},
+    "unlimited_ocr_sam_vision_model": {**SAM, "downsample_channels": [12, 20]},
+    "vibevoice_acoustic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 4},
+    "vibevoice_semantic_tokenizer_encoder": {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 4},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "xlnet": {"d_head": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+CLASS_ROWS: dict[str, dict[str, Any]] = {"ReformerModelWithLMHead": {"is_decoder": True}}
+"""What a model class needs beyond the row of its model type."""
