@@ -105,7 +105,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
     "glm4v_text": MROPE,
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 2, "head_dim": 0},
-    "glm_ocr_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
+    "glm_ocr_text": MROPE,
     "glmga_text": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0]}},
     "got_ocr2_vision": SAM,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

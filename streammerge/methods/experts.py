@@ -15,7 +15,7 @@ from streammerge.core.tensors import FactorView, Place, TensorInfo
 from streammerge.methods.lora_config import LoraConfig
 from streammerge.methods.parts import ModuleFactors
 from streammerge.methods.placing import parameter_place
-from streammerge.methods.reading import AdapterInput
+from streammerge.methods.reading import AdapterInput, BaseView
 from streammerge.names.architectures import Architecture
 from streammerge.names.pieces import Parameter
 
@@ -23,11 +23,12 @@ REGISTRATION_ORDER = ("gate_up_proj", "gate_up_proj_bias", "up_proj", "down_proj
 """Of every experts module in transformers 5.23; used where the architecture's own order is not known."""
 
 
-def parameter_of(module: ModuleFactors, config: LoraConfig, architecture: Architecture | None) -> str | None:
+def parameter_of(module: ModuleFactors, config: LoraConfig, base: BaseView) -> str | None:
     """The parameter these factors belong to, or None if the module is not one of `target_parameters`."""
-    names = [name.rpartition(".")[2] for name in config.target_parameters if _is_in(name, module.module)]
+    names = [name.rpartition(".")[2] for name in config.target_parameters if _is_in(name, module.module, base)]
     if not names:
         return None
+    architecture = base.architecture
     orders = [*(architecture.expert_orders if architecture else ()), REGISTRATION_ORDER]
     order = next((order for order in orders if set(names) <= set(order)), ())
     if len(names) > 1 and not order:
@@ -44,9 +45,13 @@ def parameter_of(module: ModuleFactors, config: LoraConfig, architecture: Archit
     return ranked[position]
 
 
-def _is_in(target: str, module: str) -> bool:
-    path = target.rpartition(".")[0]
-    return not path or module == path or module.endswith(f".{path}")
+def _is_in(target: str, module: str, base: BaseView) -> bool:
+    """Whether PEFT finds the target in a module: by the end of its path, where the target has one, else in every module
+    that has such a parameter."""
+    path, _, name = target.rpartition(".")
+    if path:
+        return module == path or module.endswith(f".{path}")
+    return f"{module.rpartition('.')[2]}.{name}" in base.resolver.catalog.endings
 
 
 class StackedFactors:

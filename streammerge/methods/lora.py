@@ -93,7 +93,7 @@ def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
 
 
 def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
-    parameter = parameter_of(module, config, base.architecture)
+    parameter = parameter_of(module, config, base)
     a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
     shape: tuple[int, ...] | None = None
     if len(a.shape) > 1 < len(b.shape) and parameter in (None, "weight"):
@@ -120,7 +120,7 @@ class _Module:
     ) -> None:
         self.module, self.rule, self.target = module, rule, target
         self.adapter, self.config, self.base = adapter, config, base
-        named = parameter_of(module, config, base.architecture)
+        named = parameter_of(module, config, base)
         self.name = f"{module.module}.{named}" if named else module.module
         embedding = "lora_embedding_A" in module.slots
         self.a, self.b = (module.slots[f"lora_embedding_{x}" if embedding else f"lora_{x}"] for x in "AB")

@@ -7,6 +7,7 @@ canonical name or, where the rules do not fit what is stored, under its own.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -96,6 +97,11 @@ class Catalog:
     def names(self) -> list[str]:
         """Every name something is found under: canonical ones and stored ones."""
         return list(dict.fromkeys((*self._plain, *self._made, *self.stored)))
+
+    @functools.cached_property
+    def endings(self) -> frozenset[str]:
+        """The last two segments of every name."""
+        return frozenset(".".join(name.split(".")[-2:]) for name in self.names)
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter with exactly this canonical name."""
@@ -197,7 +203,7 @@ def _ordered(names: Mapping[str, str], source: str) -> list[str]:
 
 def _index(name: str, source: str) -> int:
     """The number that `*` stands for."""
-    found = re.search(source.replace("*.", r"(?P<index>\d+)\."), name)
+    found = re.search(r"(?P<index>\d+)\.".join(source.split("*.")), name)
     if found is None:
         raise ValueError(f"{name} has no number where {source} wants one")
     return int(found.group("index"))

@@ -50,8 +50,10 @@ class Transform:
         inner = self.pattern.groupindex[group] + 1
         if r"\1" in target:
             text = found.group(inner)
-            target = target.replace(r"\1", str(int(text) + self.offset) if self.offset else text)
-        return name.replace(found.group(0), target, 1), source
+            target = (str(int(text) + self.offset) if self.offset else text).join(target.split(r"\1"))
+        # As transformers does it: the first place with the same text changes, which need not be the one that was found.
+        before, _, after = name.partition(found.group(0))
+        return f"{before}{target}{after}", source
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ def solve_prefix(wishes: Sequence[Wanted], catalog: Catalog, taken: set[str]) ->
     """The one exchange of leading segments that maps every wish onto its own free parameter of a fitting shape; empty
     if there is none, or more than one. Keys are the wishes' names."""
     solutions: dict[tuple[str, ...], tuple[str, list[Found]]] = {}
-    names = frozenset(catalog.names)
+    names = catalog.names
     for strip, add in dict.fromkeys(_exchanges(wishes[0], names)):
         mapping = _exchange(wishes, strip, add, catalog, taken)
         if mapping:

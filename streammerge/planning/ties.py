@@ -176,7 +176,9 @@ class Ties:
             known = "the config says that embeddings are tied, but this class is not in the table of ties"
             sections = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
             claimed = any(section.get("tie_word_embeddings") for section in sections)
-        settled = {self._spelling(n) for pair in (self.architecture.tied.items() if self.architecture else ()) for n in pair}
+        settled = {
+            self._spelling(n) for pair in (self.architecture.tied.items() if self.architecture else ()) for n in pair
+        }
         modules = ((name, name.split(".")[-2:-1]) for name in drafts.keys() - settled)
         touched = [name for name, module in modules if EMBEDDING_MODULES.intersection(module)]
         if claimed and touched:

@@ -51,7 +51,7 @@ class Targets:
     parameters: tuple[str, ...]
     """Stacked experts."""
     left_out: dict[str, str]
-    """Linear layers without a LoRA, and why."""
+    """Linear layers and stacked experts without a LoRA, and why."""
 
 
 @dataclass(frozen=True)
