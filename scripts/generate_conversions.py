@@ -27,7 +27,7 @@ SECTIONS = ("transforms", "rules", "classes", "auto")
 # size, H attention heads, KV key and value heads, D head dimension, I intermediate size (of an expert).
 SIZES: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {
     ("Split", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")): {"sizes": ["H*D", "KV*D", "KV*D"]},
-    ("Transpose", ("mlp.experts.gate_up_proj",)): {"rows": "2*I"},
+    ("Transpose", ("mlp.experts.gate_up_proj",)): {"rows": "2*M"},
     ("Transpose", ("mlp.experts.down_proj",)): {"rows": "hid"},
 }
 

@@ -1,25 +1,39 @@
-"""The tally of the oracle at the end of a run: here and not beside its cases, because with several processes only this
-file is loaded where the summary is written."""
+"""The tallies of the oracles at the end of a run: here and not beside their cases, because with several processes only
+this file is loaded where the summary is written."""
 
 from __future__ import annotations
 
 import pytest
 
-_TALLY: dict[str, bool] = {}
-"""Whether every test of an oracle case has passed so far."""
+ORACLES = {"tests/oracle/": "LoRA oracle cases equal", "tests/architectures/": "model types equal to PEFT"}
+"""What the cases of a folder are; a test's case is what stands before the `@` in its parameters."""
+UNBUILT = "test_what_is_left_out_cannot_be_built"
+
+_TALLY: dict[str, dict[str, bool]] = {folder: {} for folder in ORACLES}
+"""Whether every test of a case has passed so far."""
+_REASONS: dict[str, str] = {}
+"""Model types that cannot be built, and why."""
 
 
 @pytest.hookimpl
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note whether every test of a case passes."""
     path, _, rest = report.nodeid.partition("::")
-    if path.startswith("tests/oracle/") and "@" in rest:
-        case = rest[rest.index("[") + 1 : -1].partition("@")[0]
-        _TALLY[case] = _TALLY.get(case, True) and not report.failed
+    folder = next((folder for folder in ORACLES if path.startswith(folder)), None)
+    if folder is None or "@" not in rest:
+        return
+    case = rest[rest.index("[") + 1 : -1].partition("@")[0]
+    if rest.startswith(UNBUILT):
+        _REASONS.update({case: str(value) for name, value in report.user_properties if name == "reason"})
+    else:
+        _TALLY[folder][case] = _TALLY[folder].get(case, True) and not report.failed
 
 
 @pytest.hookimpl
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line: how many cases are equal."""
-    if _TALLY:
-        terminalreporter.write_line(f"{sum(_TALLY.values())}/{len(_TALLY)} LoRA oracle cases equal")
+    """One line for each oracle: how many cases are equal; and what has no case."""
+    for folder, what in ORACLES.items():
+        if tally := _TALLY[folder]:
+            terminalreporter.write_line(f"{sum(tally.values())}/{len(tally)} {what}")
+    for case, reason in sorted(_REASONS.items()):
+        terminalreporter.write_line(f"  not built: {case}: {reason}")

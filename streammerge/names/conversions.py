@@ -21,6 +21,8 @@ from streammerge.names.operators import OPERATORS
 
 DATA = Path(__file__).with_name("conversions.json")
 FORMAT = 1
+HEADS = ("For", "LMHead", "Backbone")
+"""What the part of a class name begins with that classes of several model types share."""
 LEGACY = "legacy"
 """The key of old spellings that every model may be stored with."""
 DIGITS = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -115,11 +117,13 @@ class Conversions:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A model inside a model: its module path, class and model type."""
+    """A model inside a model: its module path, class and model type, and whether the config put it in the place of the
+    one that the table has there."""
 
     path: str
     class_name: str
     model_type: str
+    replaced: bool = False
 
 
 class Table:
@@ -155,15 +159,22 @@ class Table:
         scoped = [Scoped(transform) for transform in self.transforms(LEGACY)]
         if architecture is None:
             return Conversions(scoped, frozenset(), stored)
-        fixed = frozenset(self._classes.get(architecture.name, {}).get("fixed", ()))
-        return Conversions([*self._scoped(architecture, config), *scoped], fixed, stored)
+        root = Node("", architecture.name, architecture.model_type)
+        nodes = (root, *self._inside(architecture.name, config, ""))
+        # What stands inside another model than tabulated brings its own names that are the model's already.
+        fixed = {
+            _joined(node.path, name)
+            for node in nodes
+            if node is root or node.replaced
+            for name in self._classes.get(node.class_name, {}).get("fixed", ())
+        }
+        return Conversions([*self._scoped(architecture, nodes), *scoped], frozenset(fixed), stored)
 
-    def _scoped(self, architecture: Architecture, config: Mapping[str, Any]) -> Iterator[Scoped]:
+    def _scoped(self, architecture: Architecture, nodes: Iterable[Node]) -> Iterator[Scoped]:
         """As transformers collects them: every model inside the model is looked up by class, then by model type, unless
         one around it has claimed the same rules."""
         claimed: dict[str, list[str]] = {}
-        root = Node("", architecture.name, architecture.model_type)
-        for node in (root, *self._inside(architecture.name, config, "")):
+        for node in nodes:
             if _is_inside(node.path, claimed.get(node.class_name, ())):
                 continue
             key = node.class_name if node.class_name in self.keys else node.model_type
@@ -184,7 +195,7 @@ class Table:
             part = config_part(config, tuple(where.split(".")) if where else ())
             named = part.get("model_type", model_type) if where else model_type
             other = self._other_class(inner, model_type, named)
-            yield Node(_joined(path, below), other or inner, named)
+            yield Node(_joined(path, below), other or inner, named, other is not None)
             if other:
                 replaced.append(below)
                 yield from self._inside(other, part, _joined(path, below))
@@ -195,8 +206,8 @@ class Table:
             return None
         if self._auto.get(model_type) == class_name:
             return self._auto.get(named)
-        head = class_name.find("For")
-        return sibling(named, class_name[head:]) if head > 0 else None
+        head = next((class_name[at:] for word in HEADS if (at := class_name.rfind(word)) > 0), None)
+        return sibling(named, head) if head else None
 
 
 @functools.cache

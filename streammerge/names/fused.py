@@ -41,7 +41,12 @@ class Fused:
 
     def _lookup(self, name: str) -> Parameter | None:
         catalog = self.catalog
-        return catalog.parameter(name) or catalog.tensor(name) or catalog.prefixed(name)
+        return (
+            catalog.parameter(name)
+            or catalog.tensor(name)
+            or catalog.prefixed(name)
+            or catalog.translated(name, None)  # the adapter's era, or the row, may call the fused module otherwise
+        )
 
     def _part(self, layout: Layout, part: Part, kind: str, name: str, shape: tuple[int, ...]) -> Parameter | None:
         """The part of a stored module."""

@@ -78,9 +78,13 @@ def _split(parts: Parts, setting: Setting, arguments: Mapping[str, Any]) -> Part
 def _transpose(parts: Parts, setting: Setting, arguments: Mapping[str, Any]) -> Parts:
     part, target = _only(parts), setting.targets[0] if len(setting.targets) == 1 else setting.sources[0]
     first, second = arguments.get("dim0", 0), arguments.get("dim1", 1)
-    # Stored either way round in the field: only what does not have the model's shape is turned.
-    if "rows" in arguments and evaluate(arguments["rows"], setting.config) == part.shape[first]:
-        return {target: [part]}
+    if "rows" in arguments:
+        # Stored either way round in the field: only what does not have the model's shape is turned.
+        expected = evaluate(arguments["rows"], setting.config)
+        if expected not in (part.shape[first], part.shape[second]):
+            raise ValueError(f"{part.shape} has no axis of {expected}")
+        if expected == part.shape[first]:
+            return {target: [part]}
     order = list(range(len(part.shape)))
     order[first], order[second] = second, first
     pieces = tuple(replace(piece, axes=tuple(piece.axes[n] for n in order)) for piece in part.pieces)

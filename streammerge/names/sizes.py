@@ -23,6 +23,7 @@ NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "KV": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "attn_config.kv_n_heads", "num_query_groups"),
         "D": ("head_dim", "kv_channels", "attention_head_dim"),
         "I": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_config.ffn_hidden_size"),
+        "M": ("moe_intermediate_size",),
         "E": (
             "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
             "num_moe_experts",

@@ -53,7 +53,8 @@ def test_the_output_is_what_peft_writes(mapping: str, model_type: str, tmp_path:
 
 
 @pytest.mark.parametrize(("mapping", "model_type"), NOT_BUILDABLE, ids=[f"{b}@{a}" for a, b in NOT_BUILDABLE])
-def test_what_is_left_out_cannot_be_built(mapping: str, model_type: str) -> None:
+def test_what_is_left_out_cannot_be_built(mapping: str, model_type: str, record_property) -> None:
+    record_property("reason", NOT_BUILDABLE[mapping, model_type])
     with pytest.raises((ImportError, ValueError)):
         build(model_type, mapping)
 

@@ -43,13 +43,14 @@ HOSTS = {
     "glm5_next_text": "Glm5NextForConditionalGeneration",
     "qwen3_vl_moe_text": "Qwen3VLMoeForConditionalGeneration",
     "qwen3_omni_moe_text": "Qwen3OmniMoeThinkerForConditionalGeneration",
-    "qwen3_omni_moe_talker_text": "Qwen3OmniMoeForConditionalGeneration",
+    "qwen3_omni_moe_talker_text": "Qwen3OmniMoeTalkerForConditionalGeneration",
     "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
 }
 """Model classes that have a part of the type, where no auto mapping of the tiny models leads to one."""
 NEEDED: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"shared_intermediate_size": 12},
     "granitemoe_swa": {"shared_intermediate_size": 12},
+    "qwen3_omni_moe_talker_text": {"spatial_merge_size": 2},
 }
 """Fields without which a tiny model of the type has no fused module of the kind."""
 IN_MEMORY = {
@@ -59,7 +60,8 @@ IN_MEMORY = {
 """Rows that go by the published name of what the model calls otherwise."""
 LAYER = {"qwen": "", "chatglm": "", "*": ""}
 """What stands before the fused module of remote code: nothing where the row says it."""
-WHOLE = ("model.tok_embeddings", "output")
+ROOTED = ("model.tok_embeddings", "output")
+"""Fused modules that are no part of a layer."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def subjects() -> Iterator[tuple[str, Made]]:
                 stacks.setdefault((name, again), []).append(row)
                 continue
             made = _remote if name == "*" or not _buildable(name) else _cut
-            for count, split in enumerate(known.get((name, row["fused"]), [None])):
+            for count, split in enumerate(known[name, row["fused"]] if "sizes" in row else [None]):
                 if split is None or layout_of(row, name, split()[0]):
                     yield f"{name}-{row['fused']}-{number}-{count}", partial(made, name, row, split)
     for (name, again), rows in stacks.items():
@@ -166,7 +168,8 @@ def _cut(model_type: str, row: dict[str, Any], split: Split) -> Subject:
     config, total, parts = split()
     letters = set(re.findall("[A-Za-z]+", " ".join((row.get("groups", ""), *row["sizes"]))))
     shares = "T" in letters
-    wanted = [name.split(".")[0] for letter in NAMES if letter not in ("I", "E") for name in NAMES[letter]]
+    letters |= {"hid", "H"} if letters & {"D", "KV"} else set()
+    wanted = [name.split(".")[0] for letter in letters & NAMES.keys() for name in NAMES[letter]]
     fields = {} if shares else {name: config[name] for name in (*wanted, *row.get("when", ())) if name in config}
     model = _model(model_type, fields)
     found = []
@@ -229,7 +232,7 @@ def _dbrx(weight: torch.Tensor, config: Any, path: str) -> tuple[torch.Tensor, .
 def _remote(model_type: str, row: dict[str, Any], split: Split | None) -> Subject:
     """A file with the published names; other tensors stand beside the fused one."""
     config, total, parts = split() if split else ({}, 24, {})
-    path = LAYER.get(model_type, "model.layers.1.") if row["fused"] not in WHOLE else ""
+    path = LAYER.get(model_type, "model.layers.1.") if row["fused"] not in ROOTED else ""
     path += row["fused"].replace("{i}", "1")
     generator = torch.Generator().manual_seed(1)
     weight, bias, other = (torch.randn(*shape, generator=generator) for shape in ((total, 32), (total,), (32, 32)))

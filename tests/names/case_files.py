@@ -89,7 +89,7 @@ def parse(stem: str, text: str) -> Iterator[Case]:
             adapter_config={"peft_type": "LORA", "r": 2, "lora_alpha": 4, **raw.get("config", {})},
             targets=tuple(target for row in raw.get("target", ()) for target in _targets(where, row)),
             replaced=raw.get("replaced", {}),
-            new=tuple(raw.get("new", ())),
+            new=tuple(name for pattern in raw.get("new", ()) for name in expanded(pattern)),
             edits=raw.get("edits", {}),
             notes=tuple(raw.get("notes", ())),
             refused=refused,
@@ -196,7 +196,8 @@ def target_of(operation: Operation, keys: Mapping[str, tuple[int, ...]]) -> Targ
 
 def said_rule(rule: str) -> str:
     """A rule without the numbers of the table's rows, which change with every transformers."""
-    return " ".join(dict.fromkeys(re.sub(r"\[\d+\]", "", rule).split()))
+    how, comma, rows = rule.partition(", ")
+    return how + comma + " ".join(dict.fromkeys(re.sub(r"\[\d+\]", "", rows).split()))
 
 
 def _factors(operation: Operation, keys: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

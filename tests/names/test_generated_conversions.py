@@ -116,7 +116,7 @@ def test_a_prefix_that_may_be_missing_is_marked() -> None:
 def test_what_transformers_takes_from_the_live_model_stands_in_the_table() -> None:
     sizes = [op[1]["sizes"] for row in transforms("Molmo2TextModel") for op in row.get("ops", ()) if op[0] == "Split"]
     assert sizes == [["H*D", "KV*D", "KV*D"]]
-    assert [row["ops"][0][1]["rows"] for row in transforms("qwen3_vl_moe")] == ["2*I", "hid"]
+    assert [row["ops"][0][1]["rows"] for row in transforms("qwen3_vl_moe")] == ["2*M", "hid"]
 
 
 def test_the_sizes_are_those_of_the_parameters_of_the_live_model() -> None:
