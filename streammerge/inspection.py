@@ -1,99 +1,202 @@
 """What is in an adapter, module by module, and what it would touch in a base. Reads values with numpy, never torch.
 
 Without a base, modules are described by their factors alone; with one, by the operations of the very plan that a run
-would carry out, so that inspection and merge cannot disagree.
+would carry out, so that inspection and merge cannot disagree. What the base refuses is set aside and noted, so that the
+rest is shown as well.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from streammerge.core.errors import AdapterError
+from streammerge.core.errors import AdapterError, UnmatchedKeysError
 from streammerge.core.options import Options
-from streammerge.core.tensors import FactorView, Operation, Place, Replacement, TensorInfo
+from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
 from streammerge.methods.lora_config import LoraConfig, parse_config
-from streammerge.methods.parts import ModuleFactors, Parts
+from streammerge.methods.parts import FullTensor, ModuleFactors, Parts
 from streammerge.methods.readers import READERS, refuse_type
+from streammerge.names.architectures import architecture_of
+from streammerge.planning.adapted import AdaptedModule, Target, adapted_modules, base_files, unknown_base
 from streammerge.planning.build import build_plan
+from streammerge.planning.model import MergePlan
 from streammerge.planning.values import check_finite, operation_facts, parts_of
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
+
+STATUS_VERSION = 2
+ATTEMPTS = 8
+"""Plans that are tried, each without what the ones before refused: every attempt reads the adapter again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatus:
     """One adapted module: rank, alpha, scaling, Frobenius norm of its delta (None where it depends on W), whether it is
-    zero, and with a base its target and the rule that found it."""
+    zero, and `keys`, its tensors in the adapter. With a base: the parameter's `canonical` name in the model, the rule
+    that found it, and every place that changes; or the `problem` that it has none."""
 
     module: str
     kind: str
-    rank: int | None
-    alpha: float | None
-    scaling: float | None
-    norm: float | None
-    zero: bool
-    target: str | None = None
-    rule: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    scaling: float | None = None
+    norm: float | None = None
+    zero: bool = False
+    keys: tuple[str, ...] = ()
+    canonical: str | None = None
+    rules: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
+    problem: str | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """The status as plain JSON values."""
+        plain = ("module", "kind", "rank", "alpha", "scaling", "norm", "zero", "canonical", "problem")
+        return {name: getattr(self, name) for name in plain} | {
+            "keys": list(self.keys),
+            "rule": "; ".join(self.rules) or None,
+            "targets": [target.as_data() for target in self.targets],
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus:
-    """What an adapter holds. `refusal` is why it cannot be merged, or not into this base, if it cannot."""
+    """What an adapter holds. `refusals` are why it cannot be merged, or not into this base, the first one that which a
+    run would end with; `notes` are those of the plan, `ignored` the keys that a rule lets go."""
 
     identity: str
     peft_type: str
     modules: tuple[ModuleStatus, ...]
     tensors: int
     siblings: tuple[str, ...]
-    refusal: AdapterError | None = None
+    refusals: tuple[AdapterError, ...] = ()
+    notes: tuple[str, ...] = ()
+    ignored: Mapping[str, str] | None = None
+
+    @property
+    def refusal(self) -> AdapterError | None:
+        """The first refusal, if there is one."""
+        return self.refusals[0] if self.refusals else None
 
     def as_data(self) -> dict[str, Any]:
         """The status as plain JSON values."""
         return {
-            "version": 1,
+            "version": STATUS_VERSION,
             "id": self.identity,
             "peft_type": self.peft_type,
             "tensors": self.tensors,
-            "modules": [asdict(module) for module in self.modules],
+            "modules": [module.as_data() for module in self.modules],
             "siblings": list(self.siblings),
+            "notes": list(self.notes),
+            "ignored": dict(self.ignored or {}),
             "refusal": self.refusal.data() if self.refusal else None,
+            "refusals": [error.data() for error in self.refusals],
         }
 
 
 def inspect_adapter(adapter: Adapter, checkpoint: Checkpoint | None, options: Options) -> AdapterStatus:
     """The status of an adapter, resolved against a base if one is given."""
     parts = parts_of(adapter)
-    kind = str(adapter.facts.config.get("peft_type", "?")).upper()
-    refusal: AdapterError | None = None
-    modules: tuple[ModuleStatus, ...] = ()
+    facts = adapter.facts
+    kind = str(facts.config.get("peft_type", "?")).upper()
+    status = AdapterStatus(facts.identity, kind, (), len(facts.tensors), facts.siblings, ignored=parts.ignored)
     try:
-        if kind in READERS:
-            modules = _by_factors(adapter, parts, parse_config(adapter.facts.config, options.ignore_config_field))
-            check_finite(adapter)
-        else:
-            refuse_type(adapter.facts.config)
-        if checkpoint is not None:
-            modules = _by_plan(adapter, checkpoint, options, modules)
+        if kind not in READERS:
+            refuse_type(facts.config)
+        config = parse_config(facts.config, options.ignore_config_field)
+        status = replace(status, modules=_by_factors(adapter, parts, config))
+        check_finite(adapter)
     except AdapterError as error:
-        refusal = error
-    return AdapterStatus(
-        adapter.facts.identity, kind, modules, len(adapter.facts.tensors), adapter.facts.siblings, refusal
+        status = _refused(status, error, _blamed(error, status.modules))
+    return status if checkpoint is None or not status.modules else _against(adapter, checkpoint, options, status)
+
+
+# --- with a base ------------------------------------------------------------------------------------------------------
+def _against(adapter: Adapter, checkpoint: Checkpoint, options: Options, status: AdapterStatus) -> AdapterStatus:
+    """The status with what becomes of each module in the base, as far as there is a plan without what is refused."""
+    left = adapter.without({key for module in status.modules if module.problem for key in module.keys})
+    for _ in range(ATTEMPTS):
+        try:
+            plan = build_plan(checkpoint, [left], [1.0], options)
+        except AdapterError as error:
+            blamed = _blamed(error, status.modules) & left.facts.tensors.keys()
+            if blamed or not status.refusals:
+                status = _refused(status, error, blamed)
+            left = left.without(blamed)
+            if not blamed or not left.facts.tensors:
+                break
+        else:
+            return _placed(status, plan, base_files(plan, checkpoint.facts.tensors))
+    config = checkpoint.facts.config
+    unknown = not config or architecture_of(config) is None
+    return replace(status, notes=(unknown_base(config, ()),)) if unknown else status
+
+
+def _blamed(error: AdapterError, modules: Sequence[ModuleStatus]) -> set[str]:
+    """The adapter tensors that a refusal is about: those it names, with all others of their modules."""
+    if isinstance(error, UnmatchedKeysError):
+        about = {item.key for item in error.unmatched}
+    else:
+        about = set(getattr(error, "about", ()))
+    return {key for module in modules if module.module in about or about & {*module.keys} for key in module.keys}
+
+
+def _refused(status: AdapterStatus, error: AdapterError, blamed: Collection[str]) -> AdapterStatus:
+    """The status with one more refusal, noted at the modules that it is about."""
+    problem = "matches no tensor in the base" if isinstance(error, UnmatchedKeysError) else error.summary()
+    modules = [
+        replace(module, problem=problem) if set(module.keys) & set(blamed) and not module.problem else module
+        for module in status.modules
+    ]
+    return replace(status, modules=tuple(modules), refusals=(*status.refusals, error))
+
+
+def _placed(status: AdapterStatus, plan: MergePlan, files: Mapping[str, str]) -> AdapterStatus:
+    """The status with the entries of a plan in place of what the factors alone say."""
+    owners = {key: number for number, module in enumerate(status.modules) for key in module.keys}
+    modules = list(status.modules)
+    for entry in adapted_modules(plan, files):
+        number = owners[entry.keys[0]]
+        modules[number] = _of_entry(modules[number], entry)
+    ignored = plan.adapters[0].ignored
+    for number, module in enumerate(modules):
+        rule = next((ignored[key] for key in module.keys if key in ignored), None)
+        if rule and not module.targets and not module.problem:
+            modules[number] = replace(module, problem=f"not used: {rule}")
+    return replace(status, modules=tuple(modules), notes=plan.notes, ignored=ignored)
+
+
+def _of_entry(known: ModuleStatus, entry: AdaptedModule) -> ModuleStatus:
+    return replace(
+        known,
+        kind=" + ".join(entry.formulas),
+        rank=entry.rank,
+        scaling=entry.scaling,
+        norm=entry.norm,
+        zero=entry.zero,
+        canonical=entry.parameter,
+        rules=entry.rules,
+        targets=entry.targets,
     )
 
 
+# --- without one ------------------------------------------------------------------------------------------------------
 def _by_factors(adapter: Adapter, parts: Parts, config: LoraConfig) -> tuple[ModuleStatus, ...]:
+    full = [*((part, "replacement") for part in parts.replacements), *((part, "token rows") for part in parts.tokens)]
     found = [_factor_status(adapter, module, config) for module in parts.modules]
-    found += [ModuleStatus(part.name, "replacement", None, None, None, None, zero=False) for part in parts.replacements]
-    found += [ModuleStatus(part.name, "token rows", None, None, None, None, zero=False) for part in parts.tokens]
-    return tuple(found)
+    return (*found, *(_full_status(part, kind) for part, kind in full))
+
+
+def _full_status(part: FullTensor, kind: str) -> ModuleStatus:
+    return ModuleStatus(part.name, kind, keys=(part.key.key,))
 
 
 def _factor_status(adapter: Adapter, module: ModuleFactors, config: LoraConfig) -> ModuleStatus:
     """Rank and norm of one pair of factors, taken as plain matrices."""
+    keys = tuple(info.name for info in module.slots.values())
     pair = [info for slot, info in sorted(module.slots.items()) if slot.endswith(("_A", "_B"))]
     if len(pair) != 2:
-        return ModuleStatus(module.module, "incomplete", None, None, None, None, zero=False)
+        return ModuleStatus(module.module, "incomplete", keys=keys)
     a, b = pair
     rank = a.shape[0]
     scaling = config.scaling(module.module, rank)
@@ -116,35 +219,5 @@ def _factor_status(adapter: Adapter, module: ModuleFactors, config: LoraConfig) 
         scaling,
         norm,
         zero,
+        keys,
     )
-
-
-def _by_plan(
-    adapter: Adapter, checkpoint: Checkpoint, options: Options, before: tuple[ModuleStatus, ...]
-) -> tuple[ModuleStatus, ...]:
-    plan = build_plan(checkpoint, [adapter], [1.0], options)
-    by_module = {status.module: status for status in before}
-    found: list[ModuleStatus] = []
-    for output in plan.changed:
-        if isinstance(output.source, Replacement):
-            found.append(
-                ModuleStatus(output.source.key, "replacement", None, None, None, None, zero=False, target=output.name)
-            )
-        for operation, facts in zip(output.operations, plan.facts[output.name], strict=True):
-            known = by_module.get(operation.module)
-            rank = operation.factors["left"].shape[1] if "left" in operation.factors else None
-            target = f"{output.name}[{operation.place.matrix}]" if operation.place.view.stack > 1 else output.name
-            found.append(
-                ModuleStatus(
-                    operation.module,
-                    operation.formula,
-                    rank,
-                    known.alpha if known else None,
-                    operation.numbers.get("scaling"),
-                    facts.norm,
-                    facts.zero,
-                    target,
-                    operation.rule,
-                )
-            )
-    return tuple(found)

@@ -191,6 +191,7 @@ def _operation_data(operation: Operation) -> dict[str, Any]:
         "formula": operation.formula,
         "adapter": operation.adapter,
         "module": operation.module,
+        "parameter": operation.parameter,
         "rule": operation.rule,
         **operation.numbers,
     }

@@ -30,14 +30,16 @@ class Lines:
 
     def __post_init__(self) -> None:
         reach = (self.size - 1) * self.step
-        if self.start < 0 or min(self.size, self.step, self.count) < 1 or (self.count > 1 and self.pitch <= reach):
+        ascends = self.count == 1 or (self.count > 1 and self.pitch > reach)
+        if self.start < 0 or self.size < 1 or self.step < 1 or not ascends:
             raise ValueError(f"{self} does not ascend")
-        if self.size == 1 and self.count > 1:
+        if self.count == 1:
+            if self.pitch or (self.size == 1 and self.step > 1):
+                self._say(self.size, self.step if self.size > 1 else 1)
+        elif self.size == 1:
             self._say(self.count, self.pitch)
-        elif self.count > 1 and self.pitch == self.size * self.step:
+        elif self.pitch == self.size * self.step:
             self._say(self.total, self.step)
-        elif self.count == 1:
-            self._say(self.size, self.step if self.size > 1 else 1)
 
     def _say(self, size: int, step: int) -> None:
         for name, value in (("size", size), ("step", step), ("count", 1), ("pitch", 0)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 
 from streammerge.core.lines import Lines, all_lines
@@ -122,7 +122,10 @@ class FactorView:
     axes: tuple[Lines, ...]
 
     def __post_init__(self) -> None:
-        if sum(axis.end - 1 for axis in self.axes) >= self.count:
+        last = 0
+        for axis in self.axes:
+            last += axis.end - 1
+        if last >= self.count:
             raise ValueError(f"{self} reaches beyond its tensor")
 
     @classmethod
@@ -143,7 +146,7 @@ class FactorView:
     @property
     def t(self) -> FactorView:
         """The transposed matrix."""
-        return replace(self, axes=self.axes[::-1])
+        return FactorView(self.adapter, self.key, self.dtype, self.count, self.axes[::-1])
 
     def blocks(self, ranges: Sequence[tuple[int, int]]) -> Iterator[FactorBlock]:
         """The evenly strided blocks that positions `ranges`, one half-open range for each axis, consist of."""
@@ -155,13 +158,14 @@ class FactorView:
     def cut(self, axis: int, lines: Lines) -> FactorView:
         """The view of some lines of an axis, which must not have been cut into several runs before."""
         uncut = self.axes[axis]
-        if lines == all_lines(uncut.total):
+        if lines.size == uncut.total:  # lines are different ones: these are all
             return self
         if uncut.count > 1:
             raise ValueError(f"{self} is cut along axis {axis} already")
         start, step, pitch = uncut.start + uncut.step * lines.start, uncut.step * lines.step, uncut.step * lines.pitch
         part = Lines(start, lines.size, step, lines.count, pitch)
-        return replace(self, axes=(*self.axes[:axis], part, *self.axes[axis + 1 :]))
+        axes = (*self.axes[:axis], part, *self.axes[axis + 1 :])
+        return FactorView(self.adapter, self.key, self.dtype, self.count, axes)
 
 
 def _placed(axis: Lines, first: int, last: int) -> list[tuple[int, slice]]:
@@ -203,10 +207,14 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """The source of an output tensor: a full tensor of an adapter."""
+    """The source of an output tensor: a full tensor of an adapter. `module`, `rule` and `parameter` are those of
+    `Operation`; here the adapter's name of the tensor stands for the module."""
 
     adapter: int
     key: str
+    module: str = ""
+    rule: str = ""
+    parameter: str = ""
 
 
 Source = Stored | Replacement

@@ -7,12 +7,13 @@ caller's. Shape letters: `R` rows and `C` columns of the stored region, `K` rank
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.core.errors import NotMergeableError
-from streammerge.core.tensors import FactorView, Operation
+from streammerge.core.tensors import FactorView, Operation, Place
 from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class Factors(Protocol):
         """All of a vector factor."""
 
 
+CutOperation = tuple[Place, Mapping[str, FactorView]]
+
+
 class Formula(Protocol):
     """One way in which an operation changes its place."""
 
@@ -66,8 +70,9 @@ class Formula(Protocol):
     def locality(self, operation: Operation) -> Locality:
         """What one tile of the result depends on."""
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
-        """What is left of an operation, said of the whole of a parameter's matrix, for the part of it in `cut`.
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
+        """The place and the factors of an operation, which is said of the whole of a parameter's matrix, for the part
+        of that in `cut`.
 
         Raises NotMergeableError where the formula cannot be computed from that part alone.
         """

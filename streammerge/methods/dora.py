@@ -7,11 +7,10 @@ summed in a first pass.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.tensors import Operation
-from streammerge.methods.base import AbsoluteFormula, Factors, Locality, Region, refuse_part
+from streammerge.methods.base import AbsoluteFormula, CutOperation, Factors, Locality, Region, refuse_part
 from streammerge.methods.lowrank import FLOAT64, cut_product, factor_memory, product
 from streammerge.names.pieces import Cut
 
@@ -28,13 +27,13 @@ class Dora(AbsoluteFormula):
         """Rows, or columns where the weight is stored (in, out)."""
         return Locality.COLUMN if operation.place.transposed else Locality.ROW
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """Whole outputs: some of them will do, but each with all of its inputs."""
         outputs, whole = (cut.cols, cut.whole_cols) if operation.place.transposed else (cut.rows, cut.whole_rows)
         if not whole:
             raise refuse_part(operation, "all inputs of an output at once")
-        found = cut_product(operation, cut)
-        return replace(found, factors={**found.factors, "magnitude": operation.factors["magnitude"].cut(0, outputs)})
+        place, factors = cut_product(operation, cut)
+        return place, {**factors, "magnitude": operation.factors["magnitude"].cut(0, outputs)}
 
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
         """Both factors, V and the squares of one tile, and the magnitude with its norms."""

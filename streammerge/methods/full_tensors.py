@@ -64,9 +64,10 @@ def _read_replacement(
     part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, contribution: Contribution
 ) -> None:
     if isinstance(answer, Found):
-        contribution.replacements.append(FullReplacement(_stored_whole(part, answer), part, answer.rule, False))
+        stored, parameter = _stored_whole(part, answer), answer.target.name
+        contribution.replacements.append(FullReplacement(stored, part, answer.rule, False, parameter))
     elif _is_new_head(part, config):
-        contribution.replacements.append(FullReplacement(part.name, part, "new-head", True))
+        contribution.replacements.append(FullReplacement(part.name, part, "new-head", True, part.name))
         contribution.notes.append(f"`{part.name}` is not in the base and is written as a new tensor")
     else:
         contribution.unmatched.append(UnmatchedKey(part.key.key, answer.tried, answer.nearest))

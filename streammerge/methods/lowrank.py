@@ -7,11 +7,10 @@ is A, or `left` is A transposed and `right` B transposed where the module's weig
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.core.tensors import Operation
-from streammerge.methods.base import AdditiveFormula, Factors, Region, refuse_part
+from streammerge.methods.base import AdditiveFormula, CutOperation, Factors, Region, refuse_part
 from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
@@ -42,13 +41,12 @@ def factor_memory(operation: Operation, tile: tuple[int, int]) -> int:
     return FLOAT64 * rank * (2 * tile[0] + 2 * tile[1])
 
 
-def cut_product(operation: Operation, cut: Cut) -> Operation:
+def cut_product(operation: Operation, cut: Cut) -> CutOperation:
     """The product's part on a cut: rows of `left` and columns of `right`, which change places where the cut is swapped:
     `(left @ right).T = right.T @ left.T`."""
     left, right = operation.factors["left"].cut(0, cut.rows), operation.factors["right"].cut(1, cut.cols)
-    transposed = operation.place.transposed != cut.swapped
-    factors = {**operation.factors, "left": right.t if cut.swapped else left, "right": left.t if cut.swapped else right}
-    return replace(operation, place=replace(cut.place, transposed=transposed), factors=factors)
+    factors = {"left": right.t, "right": left.t} if cut.swapped else {"left": left, "right": right}
+    return cut.turned(operation.place.transposed), factors
 
 
 class LowRank(AdditiveFormula):
@@ -56,7 +54,7 @@ class LowRank(AdditiveFormula):
 
     title = "W + scaling * B @ A"
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """Any part will do."""
         return cut_product(operation, cut)
 
@@ -74,12 +72,11 @@ class VectorDelta(AdditiveFormula):
 
     title = "b + scaling * lora_B.bias"
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """The values of the rows that are there."""
         if cut.swapped:
             raise refuse_part(operation, "a vector")
-        factors = {"delta": operation.factors["delta"].cut(0, cut.rows)}
-        return replace(operation, place=cut.place, factors=factors)
+        return cut.place, {"delta": operation.factors["delta"].cut(0, cut.rows)}
 
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
         """The vector, converted."""

@@ -7,7 +7,6 @@ stored. The invariant: the parts of one operation cover its parameter's matrix, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from streammerge.core.errors import NotMergeableError
 from streammerge.core.lines import all_lines
@@ -36,7 +35,18 @@ def placed(operations: Iterable[Operation], parameter: Parameter, *, stacked: bo
     for operation in operations:
         parts = cuts[operation.place.matrix]
         for cut in parts:
-            part = FORMULAS[operation.formula].cut(operation, cut)
-            yield replace(
-                part, parameter=parameter.name, part=len(parts) > 1 or (cut.place.view.stack > 1 and not stacked)
+            place, factors = FORMULAS[operation.formula].cut(operation, cut)
+            is_part = len(parts) > 1 or place.shape != place.view.shape
+            yield Operation(  # not `replace`, which experts by the ten thousand would feel
+                operation.formula,
+                place,
+                operation.adapter,
+                operation.module,
+                operation.rule,
+                factors,
+                operation.numbers,
+                operation.indices,
+                operation.rounding,
+                parameter.name,
+                is_part,
             )

@@ -7,12 +7,11 @@ P does not depend on the signs a LAPACK chooses, but its last bits do depend on 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import torch_dtype
 from streammerge.core.tensors import Operation
-from streammerge.methods.base import AbsoluteFormula, Factors, Locality, Region, refuse_part
+from streammerge.methods.base import AbsoluteFormula, CutOperation, Factors, Locality, Region, refuse_part
 from streammerge.methods.lowrank import FLOAT64
 from streammerge.names.pieces import Cut
 
@@ -35,11 +34,11 @@ class Principal(AbsoluteFormula):
         """The decomposition needs all of W."""
         return Locality.MATRIX
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """The whole matrix, and for the QR decomposition the same way round."""
         if not (cut.whole_rows and cut.whole_cols) or (cut.swapped and self.decomposition == "qr"):
             raise refuse_part(operation, "the whole matrix as the model has it")
-        return replace(operation, place=replace(cut.place, transposed=operation.place.transposed != cut.swapped))
+        return cut.turned(operation.place.transposed), {}
 
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
         """The product of the two parts on one tile, and the parts."""

@@ -54,13 +54,14 @@ class AdapterInput:
 
 @dataclass(frozen=True, slots=True)
 class FullReplacement:
-    """A parameter of the output that is the adapter's own tensor. `rule` is how its name was resolved; `new` marks one
-    that the base does not have."""
+    """A parameter of the output that is the adapter's own tensor. `rule` is how its name was resolved, `parameter` its
+    name in the model; `new` marks one that the base does not have."""
 
     tensor: str
     part: FullTensor
     rule: str
     new: bool
+    parameter: str = ""
 
 
 @dataclass(slots=True)

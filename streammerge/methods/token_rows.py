@@ -5,11 +5,10 @@ The file holds final rows, not deltas; which rows they are stands only in the co
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.tensors import Operation
-from streammerge.methods.base import AbsoluteFormula, Factors, Locality, Region, refuse_part
+from streammerge.methods.base import AbsoluteFormula, CutOperation, Factors, Locality, Region, refuse_part
 from streammerge.methods.lowrank import FLOAT64
 from streammerge.names.pieces import Cut
 
@@ -26,12 +25,11 @@ class TokenRows(AbsoluteFormula):
         """Element by element: the other rows stay."""
         return Locality.ELEMENT
 
-    def cut(self, operation: Operation, cut: Cut) -> Operation:
+    def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """All rows: which of them are meant is said by their number."""
         if cut.swapped or not cut.whole_cols:
             raise refuse_part(operation, "all rows")
-        rows = operation.factors["rows"].cut(1, cut.cols)
-        return replace(operation, place=cut.place, factors={"rows": rows})
+        return cut.place, {"rows": operation.factors["rows"].cut(1, cut.cols)}
 
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
         """One row at a time, converted."""

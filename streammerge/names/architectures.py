@@ -88,6 +88,8 @@ class Architecture:
             edited = _with(edited, path, value)
         if self.flag_used:
             raise NotMergeableError((self.name,), f"{self.name} uses `{FLAG}` in its forward pass for more than tying")
+        if self.other_ties:
+            raise NotMergeableError((self.name,), f"{self.name} has other ties that `{FLAG}` would end too")
         if self.ties_in_force(edited):
             raise NotMergeableError((self.name,), f"{self.name} ties its embeddings whatever `{FLAG}` says")
         return edits

@@ -39,7 +39,7 @@ class Catalog:
         self.prefix = f"{architecture.base_prefix}." if architecture and architecture.base_prefix else ""
         self._plain: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._made: dict[str, Parameter] = {}
-        self._doubled: set[str] = set()
+        self._doubled: dict[str, list[str]] = {}
         self._fill()
         self._inner = self._without_prefix()
 
@@ -62,7 +62,7 @@ class Catalog:
 
     def _enter(self, canonical: str, name: str, rules: tuple[str, ...]) -> None:
         if canonical in self._plain:
-            self._doubled.add(canonical)
+            self._doubled.setdefault(canonical, [self._plain[canonical][0]]).append(name)
         self._plain[canonical] = name, rules
 
     def _converted(self, members: Sequence[tuple[str, Rewritten]]) -> dict[str, Parameter]:
@@ -118,8 +118,24 @@ class Catalog:
         return self.parameter(full) if full else None
 
     def tensor(self, name: str) -> Parameter | None:
-        """The tensor stored under this name, as it is."""
-        return Parameter.stored_as(self.stored[name]) if name in self.stored else None
+        """The tensor stored under this name, as it is. None for one that is stored a second time under another name of
+        the same parameter: nobody can say which of them counts."""
+        if name not in self.stored or self.twin(name):
+            return None
+        return Parameter.stored_as(self.stored[name], self._canonical.get(name))
+
+    def twin(self, name: str) -> str | None:
+        """The name under which what `name` stands for is stored a second time, if it is."""
+        if not self._doubled:
+            return None
+        canonical = self.conversions.rewrite(name).name
+        others = self._doubled.get(canonical, ())
+        return next((other for other in others if other != name), None)
+
+    @functools.cached_property
+    def _canonical(self) -> dict[str, str]:
+        """Stored names to the names of the parameters they are."""
+        return {stored: canonical for canonical, (stored, _) in self._plain.items()}
 
     def translated(self, name: str, shape: tuple[int, ...] | None) -> Parameter | None:
         """The tensor that another era of names, or a checkpoint that is stored in another way, calls `name`, of that

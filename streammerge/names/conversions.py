@@ -52,6 +52,8 @@ class Transform:
         inner = self.pattern.groupindex[group] + 1
         if r"\1" in target:
             text = found.group(inner)
+            if self.offset and not text.isdecimal():
+                return None
             target = (str(int(text) + self.offset) if self.offset else text).join(target.split(r"\1"))
         # As transformers does it: the first place with the same text changes, which need not be the one that was found.
         before, _, after = name.partition(found.group(0))
@@ -137,6 +139,24 @@ class Table:
         self._pool: Sequence[Mapping[str, Any]] = content["transforms"]
         self._classes: Mapping[str, Any] = content["classes"]
         self._auto: Mapping[str, str] = content["auto"]
+        if not all(isinstance(section, Mapping) for section in (self.keys, self._classes, self._auto)):
+            raise ValueError("rules, classes and auto are objects")
+
+    def check(self) -> None:
+        """Look at every row. Raises ValueError, or what Python raises for data of another kind."""
+        for rule in (rule for key in self.keys for rule in self.transforms(key)):
+            groups, count = set(rule.pattern.groupindex), len(rule.sources)
+            inner = any(r"\1" in target for target in rule.targets)
+            if groups != {f"g{number}" for number in range(count)} or rule.pattern.groups < count + inner:
+                raise ValueError(f"the pattern of {rule.key} lacks a group")
+            if not rule.targets or (rule.guarded and len(rule.targets) != count):
+                raise ValueError(f"{rule.key} lacks a target")
+            unknown = {name for name, _ in rule.steps} - OPERATORS.keys()
+            if unknown:
+                raise ValueError(f"it has the unknown operator {min(unknown)}")
+        for row in self._classes.values():
+            for path, _, _, where in row.get("subs", ()):
+                _joined(path, *where.split("."))
 
     def transforms(self, key: str) -> Iterator[Transform]:
         """The rules under a registry key, in order. Patterns are compiled here: nobody needs all of them."""
@@ -155,12 +175,10 @@ class Table:
     def conversions(
         self, architecture: Architecture | None, config: Mapping[str, Any], stored: Iterable[str]
     ) -> Conversions:
-        """The rules for a config and its architecture; old spellings only, where that is not known."""
+        """The rules for a config and its architecture; where that is not known, those under the names in the config."""
         scoped = [Scoped(transform) for transform in self.transforms(LEGACY)]
-        if architecture is None:
-            return Conversions(scoped, frozenset(), stored)
-        root = Node("", architecture.name, architecture.model_type)
-        nodes = (root, *self._inside(architecture.name, config, ""))
+        root = _root(architecture, config)
+        nodes = (root, *self._inside(root.class_name, config, ""))
         # What stands inside another model than tabulated brings its own names that are the model's already.
         fixed = {
             _joined(node.path, name)
@@ -168,9 +186,10 @@ class Table:
             if node is root or node.replaced
             for name in self._classes.get(node.class_name, {}).get("fixed", ())
         }
-        return Conversions([*self._scoped(architecture, nodes), *scoped], frozenset(fixed), stored)
+        prefix = architecture.base_prefix if architecture else ""
+        return Conversions([*self._scoped(prefix, nodes), *scoped], frozenset(fixed), stored)
 
-    def _scoped(self, architecture: Architecture, nodes: Iterable[Node]) -> Iterator[Scoped]:
+    def _scoped(self, base_prefix: str, nodes: Iterable[Node]) -> Iterator[Scoped]:
         """As transformers collects them: every model inside the model is looked up by class, then by model type, unless
         one around it has claimed the same rules."""
         claimed: dict[str, list[str]] = {}
@@ -180,7 +199,7 @@ class Table:
             key = node.class_name if node.class_name in self.keys else node.model_type
             if key not in self.keys or (key != node.class_name and _is_inside(node.path, claimed.get(key, ()))):
                 continue
-            scopes = _scopes(node.path, architecture.base_prefix)
+            scopes = _scopes(node.path, base_prefix)
             yield from (Scoped(transform, scopes) for transform in self.transforms(key))
             for name in {node.class_name, key}:
                 claimed.setdefault(name, []).append(node.path)
@@ -229,13 +248,19 @@ def load_checked(path: Path) -> Table:
     """A user's own table, every rule of which is looked at. Raises MalformedInputError."""
     table = load(path)
     try:
-        steps = {name for key in table.keys for rule in table.transforms(key) for name, _ in rule.steps}
+        table.check()
     except (KeyError, TypeError, IndexError, ValueError, AttributeError, re.error) as error:
         raise MalformedInputError(str(path), f"it is not a table of conversion rules: {error!r}") from error
-    unknown = sorted(steps - OPERATORS.keys())
-    if unknown:
-        raise MalformedInputError(str(path), f"it has the unknown operator {unknown[0]}")
     return table
+
+
+def _root(architecture: Architecture | None, config: Mapping[str, Any]) -> Node:
+    """The model itself; one that transformers does not have goes by the names in its config."""
+    if architecture is not None:
+        return Node("", architecture.name, architecture.model_type)
+    names, model_type = config.get("architectures"), config.get("model_type")
+    first = names[0] if isinstance(names, list) and names else None
+    return Node("", first if isinstance(first, str) else "", model_type if isinstance(model_type, str) else "")
 
 
 def _scopes(path: str, base_prefix: str) -> tuple[str, ...]:

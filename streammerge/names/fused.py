@@ -6,6 +6,7 @@ The invariant: a layout is used only where its sizes give exactly the shapes of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,8 +21,12 @@ class Fused:
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
-        architecture = catalog.architecture
-        self.layouts = layouts_for(architecture.model_type if architecture else None, catalog.config)
+
+    @functools.cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts of this base's model; read when something is not found without them."""
+        architecture = self.catalog.architecture
+        return layouts_for(architecture.model_type if architecture else None, self.catalog.config)
 
     def find(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Parameter, str]]:
         """Parameters of that `shape`, (out, in) or (out,), that the name may stand for, each with its rule."""
@@ -35,9 +40,18 @@ class Fused:
                     yield found, f"split: `{layout.fused}` is stored as {len(paths)} modules"
 
     def tried(self, name: str) -> list[str]:
-        """The fused modules that the table knows `name` as a part of."""
-        module = name.rpartition(".")[0]
-        return list(dict.fromkeys(part.fused for layout in self.layouts if (part := layout.part_of(module))))
+        """What the table knows `name` as a part of, or as made of, as far as it is stored: names with their rule."""
+        module, _, kind = name.rpartition(".")
+        found: list[str] = []
+        for layout in self.layouts:
+            part = layout.part_of(module)
+            if part and (self._lookup(f"{part.fused}.{kind}") or self._lookup(part.fused)):
+                found.append(f"{part.fused} (fused)")
+            for paths in layout.parts_of(module):
+                parts = [f"{path}.{kind}" for path in paths]
+                if any(self._lookup(path) for path in parts):
+                    found += [f"{path} (split)" for path in parts if not self._lookup(path)]
+        return list(dict.fromkeys(found))
 
     def _lookup(self, name: str) -> Parameter | None:
         catalog = self.catalog

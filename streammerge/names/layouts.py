@@ -40,7 +40,7 @@ class Layout:
     models name the parts, in the order in which they lie; `{e}` stands for an expert. `groups`, `sizes`: expressions of
     the letters in `values` and T, the length of the output axis; no sizes: there is one part, the whole.
     `experts`: "stacked" (E, ., .) with one matrix for each expert, "rows" (E * x, .) with x rows for each; None: one
-    matrix. `transposed`: published checkpoints store each matrix (in, out).
+    matrix. `transposed`: the model, once the rules of its conversion have acted, has each matrix as (in, out).
     """
 
     fused: str

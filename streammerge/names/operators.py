@@ -99,7 +99,9 @@ def _interleave(parts: Parts, setting: Setting, arguments: Mapping[str, Any]) ->
 
 def _permute_for_rope(parts: Parts, setting: Setting, arguments: Mapping[str, Any]) -> Parts:
     inner = setting.config.get(arguments.get("subconfig_key") or "", setting.config)
-    heads = inner.get("num_attention_heads", 1)
+    heads = inner.get("num_attention_heads") if isinstance(inner, Mapping) else None
+    if type(heads) is not int or heads < 1:
+        raise ValueError("the config does not say how many heads there are")
     chosen = arguments.get("permute_layer_names")
     several = (len(setting.targets) > 1) != (len(setting.sources) > 1)
     found: Parts = {}
@@ -152,7 +154,7 @@ def _stacked(parts: list[Part]) -> Part:
     if len({part.shape for part in parts}) != 1:
         raise ValueError("experts of different shapes")
     pieces = [
-        replace(piece, axes=(Axis(None, Lines(number, 1), Lines(0, 1)), *piece.axes))
+        Piece(piece.tensor, piece.shape, (Axis(None, Lines(number, 1), Lines(0, 1)), *piece.axes), piece.fixed)
         for number, part in enumerate(parts)
         for piece in part.pieces
     ]
@@ -195,7 +197,8 @@ def _permuted(part: Part, axis: int, folds: tuple[int, int, int]) -> Part:
 def _with_axis(piece: Piece, number: int, *, here: Lines, there: Lines | None = None) -> Piece:
     axis = piece.axes[number]
     changed = Axis(axis.of, here, there or axis.there)
-    return replace(piece, axes=(*piece.axes[:number], changed, *piece.axes[number + 1 :]))
+    axes = (*piece.axes[:number], changed, *piece.axes[number + 1 :])
+    return Piece(piece.tensor, piece.shape, axes, piece.fixed)
 
 
 @functools.lru_cache(maxsize=4096)

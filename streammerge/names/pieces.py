@@ -94,6 +94,10 @@ class Cut:
     shape: tuple[int, int]
     swapped: bool = False
 
+    def turned(self, transposed: bool) -> Place:
+        """The place of a weight that lies `transposed`, or not, in the parameter's matrix."""
+        return self.place if transposed == self.swapped else replace(self.place, transposed=True)
+
     @property
     def whole_rows(self) -> bool:
         """Whether every row that is there is there with all of its columns."""
@@ -183,7 +187,7 @@ def _whole_axes(shape: tuple[int, ...]) -> list[Axis]:
 
 def _cut(axes: Sequence[Axis], fixed: Mapping[int, int], piece: Piece, view: MatrixView) -> Cut:
     """The part of a matrix, whose `axes` these are, that one piece holds."""
-    rows, cols = axes[0] if axes else ONE, _columns(axes[1:], view.cols)
+    rows, cols = axes[0] if axes else ONE, _columns(axes[1:], view.cols, piece.shape)
     swapped = cols.of is not None and (rows.of is None or rows.of > cols.of)
     outer, inner = (cols, rows) if swapped else (rows, cols)
     if list(fixed) not in ([], [0]) or outer.of not in (None, len(fixed)):
@@ -193,13 +197,13 @@ def _cut(axes: Sequence[Axis], fixed: Mapping[int, int], piece: Piece, view: Mat
     return Cut(place, rows.here, cols.here, (view.rows, view.cols), swapped)
 
 
-def _columns(axes: Sequence[Axis], total: int) -> Axis:
+def _columns(axes: Sequence[Axis], total: int, shape: tuple[int, ...]) -> Axis:
     """The axes after the first as the `total` columns of a matrix: none, one, or those of a kernel, which must all be
-    there."""
+    there, neither less than the parameter has nor less than the stored tensor of `shape`."""
     if len(axes) < 2:
         return axes[0] if axes else ONE
     every, first = all_lines(total), axes[0].of or 0
-    whole = math.prod(axis.here.total for axis in axes) == total
+    whole = math.prod(axis.here.total for axis in axes) == total == math.prod(shape[first:])
     if not whole or any(axis.here != axis.there or axis.of != first + number for number, axis in enumerate(axes)):
         raise ValueError("a part of a kernel is no region of a matrix")
     return Axis(first, every, every)

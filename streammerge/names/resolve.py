@@ -118,7 +118,7 @@ class Resolver:
             yield Found(found, _said("converted", found))
         yield from self._tied(name)
         if shape is not None:
-            yield from (Found(found, rule) for found, rule in self.fused.find(name, shape))
+            yield from (Found(found, _said(rule, found)) for found, rule in self.fused.find(name, shape))
 
     def _tied(self, name: str) -> Iterator[Found]:
         catalog = self.catalog
@@ -144,7 +144,9 @@ class Resolver:
             if meant.rules:
                 tried[f"{meant.name} (converted by {', '.join(meant.rules)})"] = None
             tried |= dict.fromkeys(f"{other} (tied-alias)" for other in self.ties.get(name, ()))
-            tried |= dict.fromkeys(f"{other} (fused)" for other in self.fused.tried(name))
+            tried |= dict.fromkeys(self.fused.tried(name))
+            if twin := self.catalog.twin(name):
+                tried[f"{twin} (the same parameter, stored twice)"] = None
         alike = nearest(wish.names()[0], tuple(self.catalog.names), 2) if self._explained < EXPLAINED else ()
         self._explained += 1
         return Missing(tuple(tried)[:6], alike)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from streammerge.core.collector import collector_paused
 from streammerge.core.dtypes import BY_OPTION, FLOATS
 from streammerge.core.errors import BaseMismatchError
 from streammerge.core.options import Options
@@ -28,6 +29,7 @@ from streammerge.names.catalog import Catalog
 from streammerge.names.conversions import load_checked, shipped
 from streammerge.names.resolve import Resolver
 from streammerge.planning import ledger
+from streammerge.planning.adapted import rules_of, unknown_base
 from streammerge.planning.config_edits import dtype_edits, edited, head_edits, vocabulary_edits
 from streammerge.planning.drafts import EMBEDDING_MODULES, Draft, changed_rows, collect, new_shape
 from streammerge.planning.layout import lay_out
@@ -47,7 +49,8 @@ def build_plan(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
 ) -> MergePlan:
     """The plan of merging `adapters`, each with its weight, into `checkpoint`. Raises every refusal there is."""
-    return _Builder(checkpoint, adapters, weights, options).plan()
+    with collector_paused():
+        return _Builder(checkpoint, adapters, weights, options).plan()
 
 
 class _Builder:
@@ -93,7 +96,7 @@ class _Builder:
             sidecars=sidecars.files,
             left_out=sidecars.left_out,
             code=sidecars.code,
-            notes=(*self._base_notes(), *notes),
+            notes=(*self._base_notes(rules_of(outputs.values())), *notes),
             figures=figures(outputs, layout.shards, self.base.tensors.values(), self.options),
         )
 
@@ -145,7 +148,7 @@ class _Builder:
             draft = drafts.get(name, Draft())
             source: Source
             if draft.replacement:
-                source = Replacement(draft.replaced_by, draft.replacement.part.key.key)
+                source = draft.source(draft.replacement)
             else:
                 source = Stored(stock.sources[copies.get(name, name)])
             if info is not None and (draft.operations or draft.replacement) and info.dtype not in FLOATS:
@@ -210,12 +213,8 @@ class _Builder:
             str(self.base.root), files, [str(a.facts.root) for a in self.adapters], max(tables, default=None)
         )
 
-    def _base_notes(self) -> list[str]:
-        notes = []
-        if self.architecture is None:
-            named = (self.config.get("architectures") or [self.config.get("model_type")])[0]
-            known = f"`{named}` is not in the table of architectures" if self.base.config else "there is no config.json"
-            notes.append(f"{known}: names were joined without knowledge of prefixes and ties")
+    def _base_notes(self, rules: Iterable[str]) -> list[str]:
+        notes = [unknown_base(self.base.config, rules)] if self.architecture is None else []
         folders = [name for adapter in self.adapters for name in adapter.facts.siblings]
         return notes + ([f"other adapters in subfolders are not merged: {some_of(folders)}"] if folders else [])
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streammerge.core.errors import CompositionError, ShapeMismatchError
-from streammerge.core.tensors import Operation, TensorInfo
+from streammerge.core.tensors import Operation, Replacement, TensorInfo
 from streammerge.methods import FORMULAS, Locality
 from streammerge.methods.reading import Contribution, FullReplacement
 
@@ -37,6 +37,11 @@ class Draft:
     def others(self) -> list[Operation]:
         """The operations that do not."""
         return [operation for operation in self.operations if operation.formula != "token_rows"]
+
+    def source(self, replacement: FullReplacement) -> Replacement:
+        """What the output tensor is made of: the adapter's tensor that replaces it."""
+        part, rule = replacement.part, replacement.rule
+        return Replacement(self.replaced_by, part.key.key, part.name, rule, replacement.parameter)
 
     def used(self) -> set[tuple[int, str]]:
         """The adapter tensors this draft uses, as (adapter, key)."""

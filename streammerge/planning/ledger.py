@@ -36,8 +36,6 @@ def let_go(contribution: Contribution, adapter: Adapter, allowed: Collection[str
 def _unmatched(left: Sequence[UnmatchedKey], total: int, contribution: Contribution) -> UnmatchedKeysError:
     if not contribution.operations and not contribution.replacements:
         advice = "no key matches at all: is this the base the adapter was trained on?"
-    elif any(".experts." in item.key or item.key.endswith(".experts.lora_A.weight") for item in left):
-        advice = "experts that are stacked in the adapter and stored one by one in the base are not supported yet"
     else:
         advice = (
             "see every key with `streammerge inspect ADAPTER --base BASE`; keys that may be lost: `--allow-unused GLOB`"

@@ -176,9 +176,7 @@ def _tensor_data(tensor: OutputTensor, facts: tuple[OperationFacts, ...]) -> dic
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
-        "source": {"stored": source.name}
-        if isinstance(source, Stored)
-        else {"adapter": source.adapter, "key": source.key},
+        "source": {"stored": source.name} if isinstance(source, Stored) else _flat(source),
         "operations": [_operation_data(operation) for operation in tensor.operations],
         "facts": [_flat(fact) for fact in facts],
     }
@@ -212,7 +210,7 @@ def _flat(value: Any) -> dict[str, Any]:
 
 def _tensor_of(data: Mapping[str, Any]) -> tuple[OutputTensor, tuple[OperationFacts, ...]]:
     source = data["source"]
-    made_of = Stored(source["stored"]) if "stored" in source else Replacement(source["adapter"], source["key"])
+    made_of = Stored(source["stored"]) if "stored" in source else Replacement(**source)
     operations = tuple(_operation_of(item) for item in data["operations"])
     facts = tuple(OperationFacts(**item) for item in data["facts"])
     return OutputTensor(data["name"], data["dtype"], tuple(data["shape"]), made_of, operations), facts

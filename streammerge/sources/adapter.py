@@ -6,8 +6,9 @@ refused. Values are then read from a mapping, because that reader has no numpy f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ class Adapter:
     def __init__(self, facts: AdapterFacts, mode: str) -> None:
         self.facts = facts
         self.files = TensorFiles(facts.root, mode)
+
+    def without(self, keys: Collection[str]) -> Adapter:
+        """The adapter as if it did not have some of its tensors; both read from the same mappings."""
+        other = copy.copy(self)
+        left = {name: info for name, info in self.facts.tensors.items() if name not in keys}
+        other.facts = replace(self.facts, tensors=left)
+        return other
 
     def values(self, key: str) -> memoryview:
         """All bytes of one tensor, row-major."""

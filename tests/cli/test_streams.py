@@ -14,7 +14,10 @@ import pytest
 from streammerge import __version__
 from streammerge.cli import main
 from tests.refusals.making import (
+    HIDDEN,
+    INDEX,
     MARKER,
+    PREFIX,
     TARGETS,
     all_factors,
     base_tensors,
@@ -67,7 +70,7 @@ def test_a_plan_is_a_text_for_people_on_stdout_and_writes_nothing(tmp_path: Path
         r"^adapter +local, weight 1, digest [0-9a-f]{12}$",
         r"^output +2 files, 9\.08 kB \([\d.]+ [kMGT]B free\)$",
         r"^changed +4 tensors of 13, by 4 operations$",
-        r"^names +4 by exact$",
+        r"^names +4 modules: 4 exact$",
         r"^memory +[\d.]+ MB for \d+ workers?, beside the imported libraries$",
         r"^time +about 0 s at 400 MB/s$",
         rf"^{re.escape(TARGETS[0])}\.weight +16x16 +BF16 +2 +[\d.]+$",
@@ -105,10 +108,16 @@ def test_the_plan_as_json_is_one_document_with_every_tensor(tmp_path: Path) -> N
     base, adapter = inputs_at(tmp_path)
     outcome = call("plan", base, adapter, "--json")
     plan = json.loads(outcome.out)
-    assert plan["version"] == 1
-    assert [item["name"] for item in plan["tensors"] if item["operations"]] == sorted(
-        f"{name}.weight" for name in TARGETS
-    )
+    assert plan["version"] == 2
+    changed = {item["name"]: item["operations"] for item in plan["tensors"] if item["operations"]}
+    assert list(changed) == sorted(f"{name}.weight" for name in TARGETS)
+    files = {name: shard["file"] for shard in plan["shards"] for name in shard["offsets"]}
+    assert files == json.loads((base / INDEX).read_text())["weight_map"]
+    for name, operations in changed.items():
+        (operation,) = operations
+        assert (operation["module"], operation["parameter"]) == (name.removesuffix(".weight"), name)
+        assert (operation["rule"], operation["part"]) == ("exact", False)
+        assert (operation["place"]["rows"], operation["place"]["cols"]) == ([0, HIDDEN], [0, HIDDEN])
     assert {item["name"] for item in plan["tensors"]} == set(base_tensors())
     assert plan["figures"]["write"] == 9080
     assert call("run", base, adapter, "-o", tmp_path / "out", "--dry-run", "--json").out == outcome.out
@@ -117,12 +126,20 @@ def test_the_plan_as_json_is_one_document_with_every_tensor(tmp_path: Path) -> N
 def test_inspection_as_json_is_one_document(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     status = json.loads(call("inspect", adapter, "--json").out)
-    assert (status["version"], status["peft_type"], status["tensors"], status["refusal"]) == (1, "LORA", 8, None)
+    assert (status["version"], status["peft_type"], status["tensors"], status["refusal"]) == (2, "LORA", 8, None)
     assert [module["module"] for module in status["modules"]] == sorted(TARGETS)
     assert {(module["rank"], module["alpha"], module["scaling"]) for module in status["modules"]} == {(2, 4.0, 2.0)}
-    assert {module["target"] for module in status["modules"]} == {None}
+    assert {str(module["targets"]) for module in status["modules"]} == {"[]"}
     status = json.loads(call("inspect", adapter, "--base", base, "--json").out)
-    assert {module["target"] for module in status["modules"]} == {f"{name}.weight" for name in TARGETS}
+    weight_map = json.loads((base / INDEX).read_text())["weight_map"]
+    for module in status["modules"]:
+        name = f"{module['module']}.weight"
+        assert (module["canonical"], module["rule"], module["problem"]) == (name, "exact", None)
+        assert module["keys"] == [f"{PREFIX}{module['module']}.lora_{half}.weight" for half in "AB"]
+        whole = {"rows": [0, HIDDEN, 1, 1, 0], "cols": [0, HIDDEN, 1, 1, 0], "transposed": False, "indices": []}
+        assert module["targets"] == [
+            {"tensor": name, "file": weight_map[name], "origin": None, "matrix": None, **whole}
+        ]
 
 
 def test_a_refused_inspection_is_still_one_document_and_exits_with_the_refusal(tmp_path: Path) -> None:

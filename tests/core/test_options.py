@@ -20,6 +20,8 @@ def test_the_defaults_keep_everything_as_it_is() -> None:
         "max_shard_size": "keep",
         "allow_unused": (),
         "ignore_config_field": (),
+        "expert_orientation": "auto",
+        "expert_packing": "peft",
     }
 
 

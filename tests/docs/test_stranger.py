@@ -72,7 +72,11 @@ def test_an_adapter_for_a_deeper_base_names_every_key_that_is_left_over(desk, ca
         for half in "AB"
     ]
     assert "8 of 16 adapter keys match no tensor in the base" in found.err
-    assert found.out.split("keys without a tensor in the base:\n")[1].split() == keys
+    listed = found.out.split("keys without a tensor in the base:\n")[1].splitlines()
+    assert [line.strip() for line in listed if not line.startswith("    ")] == keys
+    assert sum(line.startswith("    nearest  model.layers.") for line in listed) >= 4
+    # What has a place is shown with it.
+    assert "  ->  model.layers.1.self_attn.v_proj.weight in model-00001-of-00002.safetensors\n" in found.out
     # Both halves of a pair are looked for under one name, which is said once.
     assert found.err.count("tried    model.layers.2.self_attn.q_proj.weight (exact)") == 1
     assert found.err.splitlines()[1:3] == [f"  {key}" for key in keys[:2]]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+import streammerge
+
 RANK, ALPHA = 2, 3
 SCALING = ALPHA / RANK
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -31,15 +33,15 @@ class Adapter:
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator) * 0.5
 
-    def add(self, path: str, out: int, inputs: int, *, embedding: bool = False) -> torch.Tensor:
-        """Factors of the module at `path`, whose weight is (out, in), or, for an embedding, the (out, in) table. The
-        delta of that, float64."""
+    def add(self, path: str, out: int, inputs: int, *, embedding: bool = False, copies: int = 1) -> torch.Tensor:
+        """Factors of the module at `path`, whose weight is (out, in), or, for an embedding, the (out, in) table;
+        `copies` times the rank for stacked experts. `scaling * B @ A`, float64."""
         key = f"base_model.model.{path}"
         if embedding:
             a, b = self._random(RANK, out), self._random(inputs, RANK)
             self.tensors |= {f"{key}.lora_embedding_A": a, f"{key}.lora_embedding_B": b}
             return SCALING * (b.double() @ a.double()).T
-        a, b = self._random(RANK, inputs), self._random(out, RANK)
+        a, b = self._random(copies * RANK, inputs), self._random(out, copies * RANK)
         self.tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         return SCALING * b.double() @ a.double()
 
@@ -75,7 +77,7 @@ def load(root: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(merged: Path, wanted: Path, base: Path) -> int:
-    """Check `merged` against the checkpoint it must be, `base` being what it was made from: how many tensors changed."""
+    """Check `merged`, made from `base`, against the checkpoint it must be: how many tensors changed."""
     found, expected, before = load(merged), load(wanted), load(base)
     assert found.keys() == expected.keys() == before.keys()
     changed = 0
@@ -94,4 +96,18 @@ def compare(merged: Path, wanted: Path, base: Path) -> int:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's elements as integers, so that zeros have a sign and NaN is itself."""
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
+
+
+def merge(base: Path, adapter: Adapter, **options: Any) -> streammerge.Report:
+    """Merge into `base`; adapter and output lie beside it."""
+    saved = adapter.save(base.parent / "adapter")
+    return streammerge.merge(base, saved, base.parent / "out", verify=False, **options)
+
+
+def merge_and_compare(base: Path, adapter: Adapter, wanted: Path) -> int:
+    """Merge into `base` and hold the output against `wanted`: how many stored tensors changed."""
+    merge(base, adapter)
+    return compare(base.parent / "out", wanted, base)

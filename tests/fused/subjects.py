@@ -1,4 +1,4 @@
-"""What the tests of fused layouts merge into: tiny models, or files with published names, whose fused tensors are known.
+"""What the tests of fused layouts merge into: tiny models, or files with published names.
 
 Which rows of a fused tensor are which part comes from the models' own code, by way of the cases of the table of
 layouts. Invariant: a subject's tensors are views of what `save` writes, so that a change of them is what a merge must
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Subject:
 
     tensors: dict[str, torch.Tensor]
     fused: tuple[FusedModule, ...]
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
     model: transformers.PreTrainedModel | None = None
 
     def save(self, root: Path, *, published: bool = True) -> Path:
@@ -100,56 +100,73 @@ class Subject:
             return root
         return write(root, self.tensors, self.config)
 
+    def save_split(self, root: Path) -> Path:
+        """The same with every part of a fused module as a module of its own, under the names in memory."""
+        tensors = dict(self.tensors)
+        for module in self.fused:
+            for part, rows in enumerate(module.parts):
+                tensors[f"{module.name(part)}.weight"] = module.matrices[0][rows]
+                if module.bias is not None:
+                    tensors[f"{module.name(part)}.bias"] = module.bias[rows]
+            for kind in ("weight", "bias"):
+                tensors.pop(f"{module.path}.{kind}", None)
+        return write(root, tensors, self.config)
+
 
 def write(root: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
     """A checkpoint of one file."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, root / "model.safetensors", {"format": "pt"})
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, root / "model.safetensors", {"format": "pt"})
     return root
 
 
 # --- which subjects there are -----------------------------------------------------------------------------------------
-Made = Callable[[], Subject]
-
-
-def subjects() -> Iterator[tuple[str, Made]]:
+def subjects() -> Iterator[tuple[str, Callable[..., Subject]]]:
     """(name, maker) of one subject for every row, model type and case of it; rows of stacked experts share one."""
     known: dict[tuple[str, str], list[Split]] = {}
     for key, split in splits():
-        known.setdefault(key, []).append(split)
+        known.setdefault(key, []).append(cache(split))
     stacks: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for number, row in enumerate(ROWS):
         for name in row["types"]:
             if "experts" in row:
-                again = sum(row["fused"] == other["fused"] for (kind, _), rows in stacks.items() for other in rows if kind == name)
+                earlier = [other["fused"] for (kind, _), rows in stacks.items() for other in rows if kind == name]
+                again = earlier.count(row["fused"])
                 stacks.setdefault((name, again), []).append(row)
                 continue
-            made = _remote if name == "*" or not _buildable(name) else _cut
+            made = _remote if name == "*" or not _buildable(name) else cut
             for count, split in enumerate(known[name, row["fused"]] if "sizes" in row else [None]):
                 if split is None or layout_of(row, name, split()[0]):
                     yield f"{name}-{row['fused']}-{number}-{count}", partial(made, name, row, split)
     for (name, again), rows in stacks.items():
-        yield f"{name}-experts-{again}", partial(_stacked, name, rows)
+        yield f"{name}-experts-{again}", partial(stacked, name, rows)
 
 
 def _buildable(model_type: str) -> bool:
     return model_type in HOSTS or any(model_type == name for _, name in cases())
 
 
-def _model(model_type: str, fields: dict[str, Any]) -> transformers.PreTrainedModel:
+def _model(model_type: str, fields: dict[str, Any], dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The tiny model with parts of this type, every parameter random."""
     if model_type in HOSTS:
         cls = getattr(transformers, HOSTS[model_type])
     else:
         cls = class_of(model_type, next(mapping for mapping in MAPPINGS if (mapping, model_type) in cases()))
-    model = cls._from_config(tiny(cls.config_class, NEEDED.get(model_type, {}) | fields), dtype=torch.float32)
+    model = cls._from_config(tiny(cls.config_class, NEEDED.get(model_type, {}) | fields), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.normal_(0, 0.2, generator=generator)
     return model
+
+
+def _of_model(model: transformers.PreTrainedModel, found: list[FusedModule]) -> Subject:
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}
+    config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
+    return Subject(tensors, tuple(found), config, model)
 
 
 def _found(model: transformers.PreTrainedModel, row: dict[str, Any]) -> Iterator[tuple[str, Any, torch.Tensor]]:
@@ -163,7 +180,7 @@ def _found(model: transformers.PreTrainedModel, row: dict[str, Any]) -> Iterator
 
 
 # --- modules that are cut by rows -------------------------------------------------------------------------------------
-def _cut(model_type: str, row: dict[str, Any], split: Split) -> Subject:
+def cut(model_type: str, row: dict[str, Any], split: Split, dtype: torch.dtype = torch.float32) -> Subject:
     """The tiny model of the sizes for which its own code has said where it splits."""
     config, total, parts = split()
     letters = set(re.findall("[A-Za-z]+", " ".join((row.get("groups", ""), *row["sizes"]))))
@@ -171,7 +188,7 @@ def _cut(model_type: str, row: dict[str, Any], split: Split) -> Subject:
     letters |= {"hid", "H"} if letters & {"D", "KV"} else set()
     wanted = [name.split(".")[0] for letter in letters & NAMES.keys() for name in NAMES[letter]]
     fields = {} if shares else {name: config[name] for name in (*wanted, *row.get("when", ())) if name in config}
-    model = _model(model_type, fields)
+    model = _model(model_type, fields, dtype)
     found = []
     for path, module, weight in _found(model, row):
         matrix = weight.T if isinstance(module, Conv1D) else weight
@@ -180,7 +197,7 @@ def _cut(model_type: str, row: dict[str, Any], split: Split) -> Subject:
         found.append(FusedModule(path, row, (matrix,), rows, bias))
         assert sum(map(len, rows)) == len(matrix), f"{path} has {len(matrix)} rows, the case {total}"
     assert found, f"no {row['fused']} in the tiny {model_type}"
-    return Subject(dict(model.named_parameters()), tuple(found), model=model)
+    return _of_model(model, found)
 
 
 def _in_order(row: dict[str, Any], parts: dict[str, list[int]], total: int, length: int) -> tuple[list[int], ...]:
@@ -203,9 +220,9 @@ def _stretched(rows: list[int], total: int, length: int) -> list[int]:
 
 
 # --- stacked experts --------------------------------------------------------------------------------------------------
-def _stacked(model_type: str, rows: list[dict[str, Any]]) -> Subject:
+def stacked(model_type: str, rows: list[dict[str, Any]], dtype: torch.dtype = torch.float32, **fields: Any) -> Subject:
     """The tiny model with stacked experts, which are cut as their class computes with them."""
-    model = _model(model_type, {})
+    model = _model(model_type, fields, dtype)
     found = []
     for row in rows:
         for path, module, weight in _found(model, row):
@@ -219,26 +236,36 @@ def _stacked(model_type: str, rows: list[dict[str, Any]]) -> Subject:
                 parts = _in_order(row, cut, total, length) if "sizes" in row else (list(range(length)),)
             found.append(FusedModule(path, row, matrices, parts))
     assert {module.row["fused"] for module in found} == {row["fused"] for row in rows}
-    return Subject(dict(model.named_parameters()), tuple(found), model=model)
+    return _of_model(model, found)
 
 
 def _dbrx(weight: torch.Tensor, config: Any, path: str) -> tuple[torch.Tensor, ...]:
-    """As DbrxExperts views its three weights, and DbrxExpertGLU multiplies: with w2 as it is, with the others turned."""
+    """As DbrxExperts views its three weights and DbrxExpertGLU multiplies: by w2, and by the others transposed."""
     experts = weight.view(config.ffn_config.moe_num_experts, config.ffn_config.ffn_hidden_size, config.hidden_size)
     return tuple(matrix.T if path.endswith("w2") else matrix for matrix in experts)
 
 
 # --- remote code ------------------------------------------------------------------------------------------------------
-def _remote(model_type: str, row: dict[str, Any], split: Split | None) -> Subject:
+def _remote(model_type: str, row: dict[str, Any], split: Split | None, dtype: torch.dtype = torch.float32) -> Subject:
     """A file with the published names; other tensors stand beside the fused one."""
     config, total, parts = split() if split else ({}, 24, {})
     path = LAYER.get(model_type, "model.layers.1.") if row["fused"] not in ROOTED else ""
     path += row["fused"].replace("{i}", "1")
     generator = torch.Generator().manual_seed(1)
-    weight, bias, other = (torch.randn(*shape, generator=generator) for shape in ((total, 32), (total,), (32, 32)))
+    shapes = ((total, 32), (total,), (32, 32))
+    weight, bias, other = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
     rows = _in_order(row, parts, total, total) if parts else (list(range(total)),)
     tensors = {f"{path}.weight": weight, f"{path}.bias": bias, "another.weight": other}
     assert parts or RENAMED[row["fused"]] == row["parts"][0][0]
     module = FusedModule(path, row, (weight,), rows, bias)
     named = {} if model_type == "*" else {"model_type": model_type}
     return Subject(tensors, (module,), {k: v for k, v in config.items() if k != "model_type"} | named)
+
+
+MAKERS: dict[str, Callable[..., Subject]] = dict(subjects())
+"""Every subject by its name."""
+
+
+def named(start: str) -> Callable[..., Subject]:
+    """The maker of the first subject whose name starts so."""
+    return next(made for name, made in MAKERS.items() if name.startswith(start))

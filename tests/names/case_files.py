@@ -73,10 +73,10 @@ def parse(stem: str, text: str) -> Iterator[Case]:
     _known(stem, content, {"base", "case"})
     _known(stem, content["base"], {"config", "tensors"})
     tensors = _shapes(content["base"]["tensors"])
-    optional = {"about", "config", "keys", "lora", "target", "replaced", "new", "edits", "notes", "refused", "options"}
+    optional = {"config", "keys", "lora", "target", "replaced", "new", "edits", "notes", "refused", "options", "rules"}
     for raw in content["case"]:
         where = f"{stem}: {raw['name']}"
-        _known(where, raw, {"name", *optional, "rules"})
+        _known(where, raw, {"name", *optional})
         if ("target" in raw) == ("refused" in raw):
             raise ValueError(f"{where}: either targets or a refusal")
         refused = raw.get("refused", {})

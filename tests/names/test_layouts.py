@@ -74,20 +74,14 @@ def test_stacked_experts_are_cut_where_the_models_code_does(row, model_type):
     for kind in classes:
         total, parts, transposed = own.experts(kind)
         check(layout, total, parts)
-        assert layout.transposed is (transposed or turned(model_type))
-
-
-def turned(model_type: str) -> bool:
-    """Whether transformers turns the published matrices round when it loads them."""
-    rules = get_checkpoint_conversion_mapping(model_type.removesuffix("_text")) or []
-    return any(type(step).__name__ == "Transpose" for rule in rules for step in getattr(rule, "operations", []))
+        assert layout.transposed is transposed
 
 
 @pytest.mark.parametrize(("row", "model_type"), pairs(lambda row: not cut(row) and row.get("experts") == "stacked"))
 def test_a_stack_of_whole_experts_lies_as_the_first_stack_of_its_module_does(row, model_type):
     layout = layout_of(row, model_type, {})
     (transposed,) = {own.experts(kind)[2] for kind in own.expert_classes(model_type)}
-    assert layout.transposed is (transposed or turned(model_type))
+    assert layout.transposed is transposed
     assert (len(layout.parts), layout.lines(0, 7)) == (1, all_lines(7))
 
 

@@ -98,7 +98,7 @@ def test_inspect_resolves_every_module(mgm_base, mgm_adapter):
     status = streammerge_json("inspect", mgm_adapter, "--base", mgm_base)
     assert status["refusal"] is None
     assert {(module["rank"], module["alpha"], module["scaling"]) for module in status["modules"]} == {(8, 32, 4)}
-    assert len({module["target"] for module in status["modules"]}) == 32
+    assert len({target["tensor"] for module in status["modules"] for target in module["targets"]}) == 32
 
 
 def test_the_planned_norms_are_those_of_the_values_that_changed(mgm_base, mgm_adapter, mgm_merged):
