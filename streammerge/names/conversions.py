@@ -56,7 +56,8 @@ class Transform:
                 return None
             target = (str(int(text) + self.offset) if self.offset else text).join(target.split(r"\1"))
         # As transformers does it: the first place with the same text changes, which need not be the one that was found.
-        before, _, after = name.partition(found.group(0))
+        text = found.group(0)
+        before, _, after = name.partition(text) if text else ("", "", name)
         return f"{before}{target}{after}", source
 
 

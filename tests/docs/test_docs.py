@@ -102,7 +102,7 @@ def test_the_files_in_architecture_are_the_files_of_the_package():
             room = name
         else:
             listed.append(f"{room}{name}" if line.startswith(" ") else name)
-    found = {str(path.relative_to(PACKAGE)) for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.json")]}
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     assert sorted(listed) == sorted(name for name in found if not name.endswith(("__init__.py", "__main__.py")))
 
 
