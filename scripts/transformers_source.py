@@ -235,6 +235,8 @@ def _expert_parameters(node: ast.ClassDef) -> list[str]:
             sizes = inner.args if isinstance(inner, ast.Call) else []
             if len(sizes) == 1 and isinstance(sizes[0], ast.Tuple):
                 sizes = sizes[0].elts
-            if len(sizes) == 3 or (len(sizes) == 2 and "experts" in ast.unparse(sizes[0]) and "*" in ast.unparse(sizes[0])):
+            if len(sizes) == 3 or (
+                len(sizes) == 2 and "experts" in ast.unparse(sizes[0]) and "*" in ast.unparse(sizes[0])
+            ):
                 found.append(attribute)
     return list(dict.fromkeys(found))

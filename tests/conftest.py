@@ -24,7 +24,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     case = rest[rest.index("[") + 1 : -1].partition("@")[0]
     if rest.startswith(UNBUILT):
-        _REASONS.update({case: str(value) for name, value in report.user_properties if name == "reason"})
+        if reason := dict(report.user_properties).get("reason"):
+            _REASONS[case] = str(reason)
     else:
         _TALLY[folder][case] = _TALLY[folder].get(case, True) and not report.failed
 

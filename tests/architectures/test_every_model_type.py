@@ -23,7 +23,9 @@ BUILDABLE = [pair for pair in cases() if pair not in NOT_BUILDABLE]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

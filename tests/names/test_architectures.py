@@ -87,15 +87,18 @@ def test_the_forward_pass_of_t5_and_its_kin_uses_the_flag() -> None:
     assert not named("T5EncoderModel", model_type="t5").flag_used
 
 
+STACKED = (("gate_up_proj", "down_proj"),)
+
+
 @pytest.mark.parametrize(
     ("config", "params", "transposed"),
     [
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, (("gate_up_proj", "down_proj"),), False),
-        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, (("gate_up_proj", "down_proj"),), True),
-        ({"model_type": "openai_privacy_filter"}, (("gate_up_proj", "down_proj"),), True),
-        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, (("gate_up_proj", "down_proj"),), True),
-        ({"model_type": "llava", "text_config": {"model_type": "mixtral"}}, (("gate_up_proj", "down_proj"),), False),
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, (("gate_up_proj", "down_proj"),), False),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, STACKED, False),
+        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, STACKED, True),
+        ({"model_type": "openai_privacy_filter"}, STACKED, True),
+        ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, STACKED, True),
+        ({"model_type": "llava", "text_config": {"model_type": "mixtral"}}, STACKED, False),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, STACKED, False),
         ({"model_type": "nemotron_h"}, (("up_proj", "down_proj"),), False),
         ({"model_type": "dbrx"}, (("w1", "v1", "w2"),), False),
         ({"model_type": "llama"}, (), False),

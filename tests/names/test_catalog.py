@@ -84,11 +84,12 @@ def test_the_base_prefix_may_be_missing_on_either_side() -> None:
     assert both.parameter("norm.weight") is not None
 
 
-def test_two_stored_tensors_of_one_canonical_name_are_each_found_under_their_own() -> None:
+def test_two_stored_tensors_of_one_canonical_name_are_not_found_but_know_of_each_other() -> None:
     names = ["vision_tower.vision_model.x.weight", "vision_tower.x.weight"]
     catalog = catalog_of(dict.fromkeys(names, (2,)), LLAVA)
     assert catalog.parameter("model.vision_tower.x.weight") is None
-    assert [found.tensor for name in names if (found := catalog.tensor(name))] == names
+    assert [catalog.tensor(name) for name in names] == [None, None]
+    assert [catalog.twin(name) for name in names] == names[::-1]
 
 
 @pytest.mark.parametrize("gap", [0, 1])

@@ -136,7 +136,7 @@ def test_the_sizes_are_those_of_the_parameters_of_the_live_model() -> None:
         "shapes(m.Molmo2TextModel, mc.Molmo2TextConfig, 'q_proj.weight', 'k_proj.weight', 'v_proj.weight'),"
         "shapes(q.Qwen3VLMoeTextModel, qc.Qwen3VLMoeTextConfig, 'gate_up_proj', 'experts.down_proj')]))"
     )
-    letters = {"hid": 40, "H": 4, "KV": 2, "D": 6, "I": 12}
+    letters = {"hid": 40, "H": 4, "KV": 2, "D": 6, "I": 24, "M": 12}
     (split,) = [op[1] for row in transforms("Molmo2TextModel") for op in row.get("ops", ()) if op[0] == "Split"]
     assert [product(size, letters) for size in split["sizes"]] == [shape[0] for shape in made[0]]
     rows = [row["ops"][0][1]["rows"] for row in transforms("qwen3_vl_moe")]

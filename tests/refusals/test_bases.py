@@ -226,7 +226,7 @@ def test_a_class_with_ties_that_are_no_pairs_of_names_is_not_untied(tmp_path: Pa
         f"{module}.lora_embedding_A": normal("A", RANK, VOCABULARY),
         f"{module}.lora_embedding_B": normal("B", HIDDEN, RANK),
     }
-    words = ("one side of the tie between `model.embed_tokens.weight`", "other ties that `tie_word_embeddings` would end")
+    words = ("one side of the tie between `model.embed_tokens.weight`", "other ties that `tie_word_embeddings` would")
     refused(4, *words, base=base, adapters=make_adapter(tmp_path / "embedding", pair))
     merged(base, make_adapter(tmp_path / "adapter"), tmp_path / "out")
 
