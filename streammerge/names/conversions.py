@@ -242,7 +242,7 @@ def load(path: Path) -> Table:
     try:
         return Table(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MalformedInputError(str(path), f"it is not a table of conversion rules: {error!r}") from error
+        raise _no_table(path, error) from error
 
 
 def load_checked(path: Path) -> Table:
@@ -251,8 +251,18 @@ def load_checked(path: Path) -> Table:
     try:
         table.check()
     except (KeyError, TypeError, IndexError, ValueError, AttributeError, re.error) as error:
-        raise MalformedInputError(str(path), f"it is not a table of conversion rules: {error!r}") from error
+        raise _no_table(path, error) from error
     return table
+
+
+def _no_table(path: Path, error: Exception) -> MalformedInputError:
+    said = (
+        str(error)
+        if isinstance(error, ValueError | re.error)
+        else "a section or a field is missing, or of another kind"
+    )
+    reason = f"it is not a table of conversion rules: {said}"
+    return MalformedInputError(str(path), reason, "`scripts/generate_conversions.py` writes one for a transformers")
 
 
 def _root(architecture: Architecture | None, config: Mapping[str, Any]) -> Node:

@@ -34,6 +34,8 @@ PREFIX_SEGMENTS = frozenset(
     }
 )
 """Segments that wrappers add in front of a sub-model; the solver exchanges nothing else."""
+SUGGESTING = 8
+"""Wishes of which the first that any name of the base ends like suggests the exchanges to try."""
 EXPLAINED = 64
 """Misses for which the nearest names are looked up: each compares with every name of the base."""
 
@@ -92,7 +94,7 @@ class Resolver:
         answers: list[Found | None] = [self._by_rules(wish) for wish in wishes]
         left = [wish for wish, answer in zip(wishes, answers, strict=True) if answer is None]
         taken = {answer.parameter.name for answer in answers if answer}
-        solved = solve_prefix(left, self.catalog, taken) if left else {}
+        solved = solve_prefix(left, self, taken) if left else {}
         return [
             answer or solved.get(wish.names()) or self._missing(wish)
             for wish, answer in zip(wishes, answers, strict=True)
@@ -100,13 +102,13 @@ class Resolver:
 
     def find(self, name: str, shape: tuple[int, ...] | None = None) -> Found | None:
         """A full parameter name by all rules but the last."""
-        return next(self._candidates(name, shape), None)
+        return next(self.candidates(name, shape), None)
 
     def _by_rules(self, wish: Wanted) -> Found | None:
         return next((found for name in wish.names() if (found := self.find(name, wish.shape))), None)
 
-    def _candidates(self, name: str, shape: tuple[int, ...] | None) -> Iterator[Found]:
-        """What the rules find, best first."""
+    def candidates(self, name: str, shape: tuple[int, ...] | None, *, tied: bool = True) -> Iterator[Found]:
+        """What the rules find, best first; `tied` for the other sides of ties too."""
         catalog = self.catalog
         if found := catalog.parameter(name):
             yield Found(found, _said("exact", found))
@@ -116,7 +118,7 @@ class Resolver:
             yield Found(found, _said("base-prefix", found))
         if found := catalog.translated(name, shape):
             yield Found(found, _said("converted", found))
-        yield from self._tied(name)
+        yield from self._tied(name) if tied else ()
         if shape is not None:
             yield from (Found(found, _said(rule, found)) for found, rule in self.fused.find(name, shape))
 
@@ -157,20 +159,19 @@ def _said(rule: str, found: Parameter) -> str:
     return f"{rule}, {' '.join(found.rules)}" if found.rules else rule
 
 
-def solve_prefix(wishes: Sequence[Wanted], catalog: Catalog, taken: set[str]) -> dict[tuple[str, ...], Found]:
+def solve_prefix(wishes: Sequence[Wanted], resolver: Resolver, taken: set[str]) -> dict[tuple[str, ...], Found]:
     """The one exchange of leading segments that maps every wish onto its own free parameter of a fitting shape; empty
     if there is none, or more than one. Keys are the wishes' names."""
-    solutions: dict[tuple[str, ...], tuple[str, list[Found]]] = {}
-    names = catalog.names
-    for strip, add in dict.fromkeys(_exchanges(wishes[0], names)):
-        mapping = _exchange(wishes, strip, add, catalog, taken)
+    solutions: dict[tuple[str, ...], list[Found]] = {}
+    names = resolver.catalog.names
+    suggested = (list(dict.fromkeys(_exchanges(wish, names))) for wish in wishes[:SUGGESTING])
+    for strip, add in next(filter(None, suggested), []):
+        mapping = _exchange(wishes, strip, add, resolver, taken)
         if mapping:
-            rule = f"prefix-solver: `{'.'.join(strip)}` -> `{'.'.join(add)}`"
-            found = [Found(parameter, _said(rule, parameter)) for parameter in mapping]
-            solutions.setdefault(tuple(str(parameter.pieces) for parameter in mapping), (rule, found))
+            solutions.setdefault(tuple(str(found.parameter.pieces) for found in mapping), mapping)
     if len(solutions) != 1:
         return {}
-    ((_, answers),) = solutions.values()
+    (answers,) = solutions.values()
     return {wish.names(): answer for wish, answer in zip(wishes, answers, strict=True)}
 
 
@@ -190,20 +191,23 @@ def _exchanges(wish: Wanted, names: Iterable[str]) -> Iterator[tuple[tuple[str, 
 
 
 def _exchange(
-    wishes: Sequence[Wanted], strip: tuple[str, ...], add: tuple[str, ...], catalog: Catalog, taken: set[str]
-) -> list[Parameter]:
-    targets: list[Parameter] = []
+    wishes: Sequence[Wanted], strip: tuple[str, ...], add: tuple[str, ...], resolver: Resolver, taken: set[str]
+) -> list[Found]:
+    """What every wish is after the exchange, or nothing."""
+    rule = f"prefix-solver: `{'.'.join(strip)}` -> `{'.'.join(add)}`"
+    found: list[Found] = []
     for wish in wishes:
         segments = tuple(wish.module.split("."))
         if segments[: len(strip)] != strip:
             return []
         names = wish.names(".".join((*add, *segments[len(strip) :])))
-        options = (catalog.parameter(name) or catalog.tensor(name) for name in names)
-        target = next((found for found in options if found and wish.fits(found)), None)
-        if target is None or target.name in taken:
+        options = (option for name in names for option in resolver.candidates(name, wish.shape, tied=False))
+        target = next((option for option in options if wish.fits(option.parameter)), None)
+        if target is None or target.parameter.name in taken:
             return []
-        targets.append(target)
-    return targets if _all_different([target.name for target in targets]) else []
+        how = [part for part in target.rule.split(", ") if part not in ("exact", "base-prefix")]
+        found.append(Found(target.parameter, ", ".join((rule, *how))))
+    return found if _all_different([option.parameter.name for option in found]) else []
 
 
 def _all_different(items: list[str]) -> bool:

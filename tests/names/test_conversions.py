@@ -205,15 +205,18 @@ def test_the_shipped_table_stands_its_own_check() -> None:
     shipped().check()
 
 
+MISSING = "a section or a field is missing"
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         ({"meta": {"format": 2, "transformers": "9"}}, "its format is 2"),
         ({"rules": []}, "are objects"),
         ({"classes": 1}, "are objects"),
-        ({"rules": {"x": [1]}}, "IndexError"),
-        ({"rules": {"x": ["0"]}}, "TypeError"),
-        ({"transforms": [{**RENAME, "re": "(?P<g0>("}]}, "error"),
+        ({"rules": {"x": [1]}}, MISSING),
+        ({"rules": {"x": ["0"]}}, MISSING),
+        ({"transforms": [{**RENAME, "re": "(?P<g0>("}]}, "unterminated subpattern"),
         ({"transforms": [{**RENAME, "re": "a"}]}, "x[0] lacks a group"),
         ({"transforms": [{**RENAME, "to": ["\\1"]}]}, "x[0] lacks a group"),
         ({"transforms": [{**RENAME, "to": []}]}, "x[0] lacks a target"),
@@ -222,9 +225,9 @@ def test_the_shipped_table_stands_its_own_check() -> None:
             "lacks a target",
         ),
         ({"transforms": [{**RENAME, "ops": [["Shuffle", {}]]}]}, "unknown operator Shuffle"),
-        ({"transforms": [{key: value for key, value in RENAME.items() if key != "kind"}]}, "KeyError"),
-        ({"classes": {"X": {"subs": [["a", "B"]]}}}, "ValueError"),
-        ({"classes": {"X": {"subs": [["a", "B", "b", 1]]}}}, "AttributeError"),
+        ({"transforms": [{key: value for key, value in RENAME.items() if key != "kind"}]}, MISSING),
+        ({"classes": {"X": {"subs": [["a", "B"]]}}}, "not enough values"),
+        ({"classes": {"X": {"subs": [["a", "B", "b", 1]]}}}, MISSING),
     ],
 )
 def test_a_users_table_is_looked_at_all_over(change: dict[str, Any], word: str, tmp_path: Path) -> None:
