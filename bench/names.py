@@ -3,9 +3,9 @@
     python bench/names.py
 
 No files: the headers are made in memory, so that only names, rules and shapes are worked on. The first base is Llama 3
-70B, LoRA on its 560 linear layers. The second is a mixture of experts as DeepSeek-V3 is stored, one tensor for each
-expert and projection, LoRA on attention and shared experts and on the stacked experts of transformers 5; its targets
-are the 60,000 operations of a plan. The first figure of each holds what is done once: reading the tables, compiling
+70B, LoRA on its 560 linear layers. The second is a mixture of experts as DeepSeek-V3 is stored, 60,000 tensors, one for
+each expert and projection, LoRA on attention and shared experts and on the stacked experts of transformers 5; its
+targets are the 60,000 operations of a plan. The first figure of each holds what is done once: reading the tables, compiling
 patterns.
 """
 
@@ -56,7 +56,7 @@ def llama() -> tuple[Shapes, Shapes]:
     return base, adapter
 
 
-def experts(layers: int = 78, count: int = 256) -> tuple[Shapes, Shapes]:
+def experts(layers: int, count: int) -> tuple[Shapes, Shapes]:
     """Base and adapter of layers with `count` experts each."""
     hidden, inner = 7168, 2048
     base: Shapes = {"model.embed_tokens.weight": (129280, hidden), "lm_head.weight": (129280, hidden)}
@@ -97,12 +97,15 @@ def main() -> None:
     """Measure and print."""
     parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+    parser.add_argument("--layers", type=int, default=78, help="of the mixture of experts")
+    parser.add_argument("--experts", type=int, default=256, help="in each of its layers")
+    arguments = parser.parse_args()
+    runs = arguments.runs
     print(machine())
     stacked = LORA | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     for name, (base, adapter), config, lora in (
         ("Llama 3 70B", llama(), LLAMA, LORA),
-        ("60,000 experts' tensors", experts(), DEEPSEEK, stacked),
+        ("mixture of experts", experts(arguments.layers, arguments.experts), DEEPSEEK, stacked),
     ):
         headers = infos(base)
         times = []

@@ -7,6 +7,7 @@ the module's weight lies in it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class MatrixView:
         return self.rows, self.cols
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def of(cls, shape: tuple[int, ...], *, stacked: bool = False) -> MatrixView:
         """The view of a tensor of `shape`; `stacked` for experts, whose first axis counts matrices."""
         if stacked:

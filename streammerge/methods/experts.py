@@ -109,12 +109,14 @@ class StackedFactors:
         """Place in the parameter, left and right factor, of each expert."""
         a, b, rank, number = self.a, self.b, self.rank, self.adapter.number
         experts, inner = self.target.shape[0], a.shape[1]
+        first = parameter_place(self.target, 0, transposed=transposed)
+        out, into = Lines(0, b.shape[0], rank * experts), Lines(0, inner)
         for e in range(experts):
-            a_KI = FactorView(number, a.name, a.dtype, a.count, (Lines(e * rank * inner, rank, inner), Lines(0, inner)))
+            a_KI = FactorView(number, a.name, a.dtype, a.count, (Lines(e * rank * inner, rank, inner), into))
             # PEFT lays the columns of B out rank by rank; Unsloth trained with them expert by expert.
             own = Lines(e * rank, rank) if self.adapter.expert_packing == "unsloth" else Lines(e, rank, experts)
-            b_OK = FactorView(number, b.name, b.dtype, b.count, (Lines(0, b.shape[0], rank * experts), own))
-            place = parameter_place(self.target, e, transposed=transposed)
+            b_OK = FactorView(number, b.name, b.dtype, b.count, (out, own))
+            place = Place(first.tensor, first.view, e, first.rows, first.cols, transposed)
             yield (place, a_KI.t, b_OK.t) if transposed else (place, b_OK, a_KI)
 
 

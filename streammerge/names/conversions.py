@@ -100,13 +100,15 @@ class Conversions:
         idle = [rule for rule in guarded if not any((hit := rule.rewrite(name)) and hit[1] == 0 for name in names)]
         self.renames = [rule for rule in scoped if not rule.transform.steps and rule not in idle]
         self.converters = [rule for rule in scoped if rule.transform.steps]
+        self._any_rename = _any_of(self.renames)
 
     def rewrite(self, name: str) -> Rewritten:
         """A name on disk as the model's name: every rename that finds something, in order, then one conversion."""
         if self.fixed and DIGITS.sub("#", name) in self.fixed:
             return Rewritten(name)
         fired: list[str] = []
-        for rule in self.renames:
+        none = self._any_rename is not None and self._any_rename.search(name) is None
+        for rule in () if none else self.renames:
             hit = rule.rewrite(name)
             if hit and hit[0] != name:
                 name = hit[0]
@@ -116,6 +118,13 @@ class Conversions:
             if hit:
                 return Rewritten(hit[0], (*fired, rule.transform.key), rule.transform, hit[1], name)
         return Rewritten(name, tuple(fired))
+
+
+def _any_of(rules: Sequence[Scoped]) -> re.Pattern[str] | None:
+    """A pattern that finds something wherever one of the rules does; None where some hold under a path only."""
+    if not rules or any(rule.scopes for rule in rules):
+        return None
+    return re.compile("|".join("(?:".join(re.split(r"\(\?P<g\d+>", rule.transform.pattern.pattern)) for rule in rules))
 
 
 @dataclass(frozen=True, slots=True)

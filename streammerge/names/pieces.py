@@ -44,7 +44,7 @@ class Piece:
     @classmethod
     def whole(cls, tensor: str, shape: tuple[int, ...]) -> Piece:
         """All of a tensor, as it is."""
-        return cls(tensor, shape, tuple(_whole_axes(shape)))
+        return cls(tensor, shape, _whole_axes(shape))
 
     @property
     def count(self) -> int:
@@ -181,8 +181,8 @@ def meeting(ours: Pairing, theirs: Pairing) -> tuple[Pairing, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _whole_axes(shape: tuple[int, ...]) -> list[Axis]:
-    return [Axis(number, all_lines(size), all_lines(size)) for number, size in enumerate(shape)]
+def _whole_axes(shape: tuple[int, ...]) -> tuple[Axis, ...]:
+    return tuple(Axis(number, all_lines(size), all_lines(size)) for number, size in enumerate(shape))
 
 
 def _cut(axes: Sequence[Axis], fixed: Mapping[int, int], piece: Piece, view: MatrixView) -> Cut:

@@ -5,13 +5,14 @@ numpy only, in bounded pieces: a plan must not load torch, and an adapter may be
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.dtypes import FLOATS, as_numpy, itemsize, surely_finite
 from streammerge.core.errors import NonFiniteError, NotMergeableError
-from streammerge.core.tensors import FactorView, Operation, OutputTensor, TensorInfo
+from streammerge.core.tensors import FactorBlock, FactorView, Operation, OutputTensor, TensorInfo
 from streammerge.methods.parts import Parts, sort_parts
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
@@ -68,27 +69,38 @@ def factor_array(
     info = adapter.facts.tensors[view.key]
     width = itemsize(info.dtype)
     wanted = ranges or [(0, n) for n in view.shape]
-    gathered = np.empty([last - first for first, last in wanted], f"u{width}")
+    shape = tuple(last - first for first, last in wanted)
+    parts: list[tuple[FactorBlock, NDArray[Any]]] = []
     for block in view.blocks(wanted):
-        words = np.frombuffer(adapter.files.read(info, block.low * width, block.high * width), gathered.dtype)
+        words = np.frombuffer(adapter.files.read(info, block.low * width, block.high * width), f"u{width}")
         steps = tuple(step * width for step in block.strides)
-        gathered[block.where] = np.lib.stride_tricks.as_strided(words, block.shape, steps, writeable=False)
-    return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(gathered.shape)
+        parts.append((block, np.lib.stride_tricks.as_strided(words, block.shape, steps, writeable=False)))
+    if len(parts) == 1:
+        gathered = np.ascontiguousarray(parts[0][1])  # no copy of what lies in the file as it is wanted
+    else:
+        gathered = np.empty(shape, f"u{width}")
+        for block, words in parts:
+            gathered[block.where] = words
+    return as_numpy(gathered.reshape(-1).view(np.uint8).data, info.dtype).reshape(shape)
 
 
 def facts_of(outputs: Iterable[OutputTensor], adapters: Sequence[Adapter]) -> dict[str, tuple[OperationFacts, ...]]:
     """The facts of every operation by output name. A factor's pages are given back with its output's last operation."""
     found: dict[str, tuple[OperationFacts, ...]] = {}
+    # The parts of a parameter that is stored in several tensors share a factor, and come one after the other.
+    gram = functools.lru_cache(maxsize=8)(functools.partial(_gram, adapters=adapters))
     for output in outputs:
-        found[output.name] = tuple(operation_facts(operation, adapters) for operation in output.operations)
+        found[output.name] = tuple(operation_facts(operation, adapters, gram) for operation in output.operations)
         for number, key in {(view.adapter, view.key) for op in output.operations for view in op.factors.values()}:
             info = adapters[number].facts.tensors[key]
             adapters[number].files.give_back(info, 0, info.nbytes)
     return found
 
 
-def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> OperationFacts:
-    """The norm of an operation's delta, from its factors alone."""
+def operation_facts(
+    operation: Operation, adapters: Sequence[Adapter], gram: Callable[[FactorView], NDArray[Any]] | None = None
+) -> OperationFacts:
+    """The norm of an operation's delta, from its factors alone; `gram` makes or remembers a factor's Gram matrix."""
     import numpy as np
 
     if operation.formula == "bias":
@@ -98,8 +110,8 @@ def operation_facts(operation: Operation, adapters: Sequence[Adapter]) -> Operat
         return _facts(float(np.sqrt((delta * delta).sum())))
     if operation.formula != "lora":
         return OperationFacts(None, zero=False)
-    left = _gram(operation.factors["left"].t, adapters)
-    right = _gram(operation.factors["right"], adapters)
+    gram = gram or functools.partial(_gram, adapters=adapters)
+    left, right = gram(operation.factors["left"].t), gram(operation.factors["right"])
     squared = float((left * right).sum())
     return _facts(abs(operation.numbers["scaling"]) * math.sqrt(max(squared, 0.0)))
 

@@ -121,3 +121,9 @@ def test_a_run_that_fails_fails_the_benchmark_with_its_message(small, tmp_path):
     assert done.returncode == 1
     assert "exit code 3: " in done.stderr
     assert "adapter_model.safetensors" in done.stderr
+
+
+def test_the_names_of_both_bases_are_all_found(tmp_path):
+    said = bench("names.py", "--runs", "1", "--layers", "2", "--experts", "4", cwd=tmp_path)
+    assert "560 operations" in said
+    assert "32 operations" in said
