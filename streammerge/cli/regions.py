@@ -36,14 +36,8 @@ def lines_text(lines: Lines, total: int, noun: str) -> str:
     return text if to_the_end else f"{text}, {lines.count:,} times"
 
 
-def region_text(place: Place, indices: Sequence[int] = ()) -> str:
-    """Which part of its tensor a place is: `expert 3, rows 0..63, transposed`; empty for the whole tensor as it is."""
-    expert = f"expert {place.matrix:,}" if place.view.stack > 1 else ""
-    return ", ".join(filter(None, (expert, _inside(place, indices))))
-
-
-def _inside(place: Place, indices: Sequence[int]) -> str:
-    """The region inside its matrix."""
+def region_text(place: Place, indices: Sequence[int]) -> str:
+    """Which part of its matrix a place is: `rows 0..63, transposed`; empty for all of it as it is."""
     rows = lines_text(place.rows, place.view.rows, "row")
     if indices:
         more = len(indices) - ALTERNATIVES
@@ -62,7 +56,7 @@ def targets_text(targets: Iterable[Target], *, every: bool = False) -> list[str]
         place = target.place
         stacks[place.tensor] = place.view.stack
         origin = f"made of {printable(target.origin)}" if target.origin else ""
-        where = place.tensor, target.file, ", ".join(filter(None, (_inside(place, target.indices), origin)))
+        where = place.tensor, target.file, ", ".join(filter(None, (region_text(place, target.indices), origin)))
         matrices.setdefault(where, []).append(place.matrix)
     same: dict[str, dict[str, str | None]] = {}
     for (tensor, file, inside), numbers in matrices.items():

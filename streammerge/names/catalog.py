@@ -59,6 +59,9 @@ class Catalog:
                 for name, _ in members:
                     self._enter(name, name, ())
             self._made |= made
+        for name in self._made.keys() & self._plain.keys():
+            pieces = self._made.pop(name).pieces
+            self._doubled[name] = list(dict.fromkeys((self._plain[name][0], *(piece.tensor for piece in pieces))))
 
     def _enter(self, canonical: str, name: str, rules: tuple[str, ...]) -> None:
         if canonical in self._plain:

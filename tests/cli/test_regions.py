@@ -46,12 +46,12 @@ def test_large_numbers_are_grouped() -> None:
     assert lines_text(Lines(1_000, 9_000), 20_000, "column") == "columns 1,000..9,999"
 
 
-def test_a_region_names_expert_rows_columns_and_orientation_and_nothing_that_is_whole() -> None:
+def test_a_region_names_rows_columns_and_orientation_and_nothing_that_is_whole() -> None:
     assert region_text(place()) == ""
     assert region_text(place(transposed=True)) == "transposed"
     assert region_text(place(rows=Lines(0, 64, count=2, pitch=192))) == "rows 0..63 of every 192"
     found = place(rows=Lines(0, 192), cols=Lines(4, 4), stack=8, matrix=3, transposed=True)
-    assert region_text(found) == "expert 3, rows 0..191, columns 4..7, transposed"
+    assert region_text(found) == "rows 0..191, columns 4..7, transposed"
     assert region_text(place(), (5,)) == "row 5"
     assert region_text(place(), tuple(range(0, 20, 2))) == "rows 0, 2, 4, 6, 8, 10 and 4 more"
 

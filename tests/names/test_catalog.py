@@ -92,6 +92,16 @@ def test_two_stored_tensors_of_one_canonical_name_are_not_found_but_know_of_each
     assert [catalog.twin(name) for name in names] == names[::-1]
 
 
+def test_experts_that_are_stored_stacked_and_one_by_one_are_not_found_in_either_form() -> None:
+    shapes = one_by_one() | {f"{STACK}.down_proj": (3, 4, 6)}
+    catalog = catalog_of(shapes, MIXTRAL)
+    assert catalog.parameter(f"{STACK}.down_proj") is None
+    assert catalog.tensor(f"{STACK}.down_proj") is None
+    assert catalog.tensor(f"{EXPERTS}.0.w2.weight") is None
+    assert catalog.twin(f"{EXPERTS}.0.w2.weight") == f"{STACK}.down_proj"
+    assert catalog.parameter(f"{STACK}.gate_up_proj") is not None
+
+
 @pytest.mark.parametrize("gap", [0, 1])
 def test_experts_that_are_not_numbered_from_zero_without_a_gap_are_tensors(gap: int) -> None:
     shapes = {name: shape for name, shape in one_by_one().items() if f".{gap}." not in name.removeprefix(EXPERTS)}
