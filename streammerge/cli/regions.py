@@ -36,7 +36,7 @@ def lines_text(lines: Lines, total: int, noun: str) -> str:
     return text if to_the_end else f"{text}, {lines.count:,} times"
 
 
-def region_text(place: Place, indices: Sequence[int]) -> str:
+def region_text(place: Place, indices: Sequence[int] = ()) -> str:
     """Which part of its matrix a place is: `rows 0..63, transposed`; empty for all of it as it is."""
     rows = lines_text(place.rows, place.view.rows, "row")
     if indices:
