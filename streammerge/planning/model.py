@@ -106,20 +106,26 @@ class MergePlan:
     def digest(self) -> str:
         """SHA-256 of everything in the plan that can change a byte of the output. Norms are not in it: they follow from
         the adapter's digest, and their last bits from the machine."""
-        decisive = {name: value for name, value in self.as_data().items() if name not in ("figures", "notes")}
-        decisive["tensors"] = [_tensor_data(tensor, ()) for tensor in self.tensors.values()]
+        decisive = {name: value for name, value in self._around().items() if name not in ("figures", "notes")}
         decisive["sidecars"] = [(sidecar.name, sidecar.origin) for sidecar in self.sidecars]
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        digest = hashlib.sha256(_digested(decisive))
+        for tensor in self.tensors.values():  # one by one: together they are many times the size of the plan
+            digest.update(_digested(_tensor_data(tensor, ())))
+        return digest.hexdigest()
 
     def as_data(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
+        tensors = [_tensor_data(tensor, self.facts[name]) for name, tensor in self.tensors.items()]
+        return {**self._around(), "tensors": tensors}
+
+    def _around(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain JSON values."""
         return {
             "version": self.version,
             "arithmetic": self.arithmetic,
             "base": asdict(self.base),
             "adapters": [asdict(adapter) for adapter in self.adapters],
             "options": dict(self.options),
-            "tensors": [_tensor_data(tensor, self.facts[name]) for name, tensor in self.tensors.items()],
             "shards": [
                 {"file": s.file, "size": s.size, "header": s.header.decode("latin-1"), "offsets": dict(s.offsets)}
                 for s in self.shards
@@ -168,6 +174,11 @@ class MergePlan:
             figures=Figures(**data["figures"]),
             arithmetic=data["arithmetic"],
         )
+
+
+def _digested(data: Any) -> bytes:
+    """Plain values as the bytes a digest is taken of."""
+    return json.dumps(data, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _tensor_data(tensor: OutputTensor, facts: tuple[OperationFacts, ...]) -> dict[str, Any]:
