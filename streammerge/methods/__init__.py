@@ -14,6 +14,7 @@ from streammerge.methods.dora import Dora
 from streammerge.methods.lowrank import LowRank, VectorDelta
 from streammerge.methods.principal import Principal
 from streammerge.methods.token_rows import TokenRows
+from streammerge.methods.values import NewValues
 
 FORMULAS: Mapping[str, Formula] = MappingProxyType(
     {
@@ -21,6 +22,7 @@ FORMULAS: Mapping[str, Formula] = MappingProxyType(
         "bias": VectorDelta(),
         "dora": Dora(),
         "token_rows": TokenRows(),
+        "values": NewValues(),
         "pissa": Principal("svd"),
         "olora": Principal("qr"),
     }

@@ -6,17 +6,17 @@ have becomes a new tensor; `trainable_token_indices` replace rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from streammerge.core.errors import (
     BaseMismatchError,
     CompositionError,
     ConfigContradictionError,
-    NotMergeableError,
     ShapeMismatchError,
     UnmatchedKey,
 )
+from streammerge.core.lines import Lines
 from streammerge.core.tensors import FactorView, Operation, TensorInfo
 from streammerge.methods.lora_config import LoraConfig
 from streammerge.methods.parts import FullTensor, Parts
@@ -64,8 +64,11 @@ def _read_replacement(
     part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, contribution: Contribution
 ) -> None:
     if isinstance(answer, Found):
-        stored, parameter = _stored_whole(part, answer), answer.target.name
-        contribution.replacements.append(FullReplacement(stored, part, answer.rule, False, parameter))
+        stored, parameter = answer.target.tensor, answer.target.name
+        if stored is None:
+            contribution.operations += _new_values(part, answer, adapter.number)
+        else:
+            contribution.replacements.append(FullReplacement(stored, part, answer.rule, False, parameter))
     elif _is_new_head(part, config):
         contribution.replacements.append(FullReplacement(part.name, part, "new-head", True, part.name))
         contribution.notes.append(f"`{part.name}` is not in the base and is written as a new tensor")
@@ -78,13 +81,22 @@ def _read_replacement(
         )
 
 
-def _stored_whole(part: FullTensor, answer: Found) -> str:
-    """The stored tensor that a full tensor takes the place of."""
-    name = answer.target.tensor
-    if name is None:
-        reason = f"`{part.name}` replaces a parameter that the base stores in another form ({answer.rule})"
-        raise NotMergeableError((part.key.key,), reason, "merge into a checkpoint that stores it as one tensor")
-    return name
+def _new_values(part: FullTensor, answer: Found, number: int) -> Iterator[Operation]:
+    """A replaced parameter on the tensors that it is stored in parts of."""
+    target, info = answer.target, part.info
+    if info.shape != target.shape:
+        reason = (
+            f"`{part.name}` has shape {list(info.shape)}, `{target.name}` in the base has shape {list(target.shape)}"
+        )
+        raise ShapeMismatchError((part.key.key,), reason, "is this the base the adapter was trained on?")
+    stacked = any(axis.of is None for piece in target.pieces for axis in piece.axes[:1]) and len(info.shape) == 3
+    for matrix in range(info.shape[0] if stacked else 1):
+        place = parameter_place(target, matrix if stacked else None)
+        rows, cols = place.view.shape
+        axes = Lines(matrix * rows * cols, rows, cols), Lines(0, cols)
+        values = {"values": FactorView(number, info.name, info.dtype, info.count, axes)}
+        operation = Operation("values", place, number, part.key.module, answer.rule, values)
+        yield from placed([operation], target, stacked=stacked)
 
 
 def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:

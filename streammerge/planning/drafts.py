@@ -20,6 +20,10 @@ EMBEDDING_MODULES = frozenset(
 """Last module segments of tables with one row for each token, whose row count an adapter may change."""
 
 
+TURN = {"values": 0, "token_rows": 2}
+"""Formulas that come before or after the others."""
+
+
 @dataclass(slots=True)
 class Draft:
     """All effects on one output tensor. `replaced_by` is the number of the adapter that replaces it."""
@@ -50,7 +54,8 @@ class Draft:
 
 
 def collect(contributions: Sequence[Contribution]) -> dict[str, Draft]:
-    """Drafts by output name, replacements first, then operations in the order of the adapters, then token rows."""
+    """Drafts by output name, replacements first, new values of a part likewise, then operations in the order of the
+    adapters, then token rows."""
     drafts: dict[str, Draft] = {}
     for number, contribution in enumerate(contributions):
         for replacement in contribution.replacements:
@@ -66,7 +71,7 @@ def collect(contributions: Sequence[Contribution]) -> dict[str, Draft]:
         for operation in contribution.operations:
             drafts.setdefault(operation.place.tensor, Draft()).operations.append(operation)
     for name, draft in drafts.items():
-        draft.operations = [*draft.others, *draft.tokens]
+        draft.operations.sort(key=lambda operation: TURN.get(operation.formula, 1))
         check_composition(name, draft)
     return drafts
 
@@ -82,6 +87,11 @@ def check_composition(name: str, draft: Draft) -> None:
         raise CompositionError(
             tuple(dict.fromkeys(op.module for op in looking)), reason, "merge them one at a time, in the order you mean"
         )
+    replacing = {op.adapter for op in draft.others if op.formula == "values"}
+    if len(replacing) > 1:
+        modules = tuple(dict.fromkeys(op.module for op in draft.others if op.formula == "values"))
+        advice = "merge them one at a time, in the order you mean"
+        raise CompositionError(modules, f"two adapters replace parts of `{name}`", advice)
     rows = [row for op in draft.tokens for row in op.indices]
     if len(set(rows)) != len(rows):
         row = next(row for row in rows if rows.count(row) > 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streammerge
-from streammerge.core.errors import NotMergeableError, UnmatchedKeysError
+from streammerge.core.errors import ShapeMismatchError, UnmatchedKeysError
 from streammerge.planning.model import MergePlan
 from tests.fused.adapters import RANK, SCALING, Adapter, compare, load, merge, merge_and_compare
 from tests.fused.subjects import MAKERS, ROWS, FusedModule, Subject, cut, named, write
@@ -110,14 +110,26 @@ def test_parts_of_other_sizes_than_the_config_says_are_refused(tmp_path):
     assert caught.value.exit_code == 4
 
 
-def test_a_fused_bias_cannot_replace_those_of_parts(tmp_path):
+def test_a_replaced_fused_bias_takes_the_place_of_those_of_its_parts(tmp_path):
     subject, adapter = named("bloom")(), Adapter(bias="lora_only")
     base = subject.save_split(tmp_path / "base")
     module = subject.fused[0]
     adapt_whole(adapter, module)
-    key = f"base_model.model.{module.path}.base_layer.bias"
-    adapter.tensors[key] = torch.ones(len(module.matrices[0]))
-    with pytest.raises((NotMergeableError, UnmatchedKeysError), match=module.path) as caught:
+    new = torch.linspace(1, 2, len(module.matrices[0]))
+    adapter.tensors[f"base_model.model.{module.path}.base_layer.bias"] = new
+    merge(base, adapter)
+    ours = load(tmp_path / "out")
+    for number, rows in enumerate(module.parts):
+        assert torch.equal(ours[f"{module.name(number)}.bias"], new[torch.as_tensor(rows)])
+
+
+def test_a_replaced_bias_of_another_length_is_refused(tmp_path):
+    subject, adapter = named("bloom")(), Adapter(bias="lora_only")
+    base = subject.save_split(tmp_path / "base")
+    module = subject.fused[0]
+    adapt_whole(adapter, module)
+    adapter.tensors[f"base_model.model.{module.path}.base_layer.bias"] = torch.ones(len(module.matrices[0]) + 1)
+    with pytest.raises((ShapeMismatchError, UnmatchedKeysError), match=module.path) as caught:
         merge(base, adapter)
     assert caught.value.exit_code == 4
 

@@ -10,7 +10,7 @@ import torch
 
 import streammerge
 from streammerge.core.errors import NotMergeableError, UnmatchedKeysError
-from tests.fused.adapters import Adapter, compare, merge, merge_and_compare
+from tests.fused.adapters import Adapter, compare, load, merge, merge_and_compare
 from tests.fused.subjects import MAKERS, ROWS, FusedModule, named, stacked, write
 
 EMBEDDINGS = ("tok_embeddings", "wte", "word_embeddings")
@@ -205,15 +205,22 @@ def test_a_model_type_that_is_in_no_row_is_refused(tmp_path):
     assert not any("qkv_proj" in tried for entry in caught.value.unmatched for tried in entry.tried)
 
 
-def test_a_replaced_part_is_refused(tmp_path):
+def test_a_replaced_part_takes_the_place_of_its_rows_alone(tmp_path):
     subject, adapter = named("bloom")(), Adapter(bias="lora_only")
     base = subject.save(tmp_path / "base")
     module = subject.fused[0]
     adapt(adapter, module, 0)
-    adapter.tensors[f"base_model.model.{module.name(0)}.base_layer.bias"] = torch.ones(len(module.parts[0]))
-    with pytest.raises((NotMergeableError, UnmatchedKeysError), match=module.name(0)) as caught:
-        merge(base, adapter)
-    assert caught.value.exit_code == 4
+    new = torch.linspace(1, 2, len(module.parts[0]))
+    adapter.tensors[f"base_model.model.{module.name(0)}.base_layer.bias"] = new
+    merge(base, adapter)
+    name = f"{module.path}.bias"
+    ours, theirs = load(tmp_path / "out"), load(base)
+    rows = torch.as_tensor(module.parts[0])
+    assert torch.equal(ours[name][rows], new)
+    rest = torch.ones(len(ours[name]), dtype=torch.bool)
+    rest[rows] = False
+    assert torch.equal(ours[name][rest], theirs[name][rest])
+    assert not torch.equal(ours[name], theirs[name])
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
