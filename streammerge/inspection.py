@@ -7,11 +7,12 @@ rest is shown as well.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.core.errors import AdapterError, UnmatchedKeysError
+from streammerge.core.lines import Lines
 from streammerge.core.options import Options
 from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
 from streammerge.methods.lora_config import LoraConfig, parse_config
@@ -192,32 +193,44 @@ def _full_status(part: FullTensor, kind: str) -> ModuleStatus:
 
 
 def _factor_status(adapter: Adapter, module: ModuleFactors, config: LoraConfig) -> ModuleStatus:
-    """Rank and norm of one pair of factors, taken as plain matrices."""
+    """Rank and norm of one pair of factors. Those of stacked experts are told apart by the rank that the config claims,
+    where it claims one for all."""
     keys = tuple(info.name for info in module.slots.values())
     pair = [info for slot, info in sorted(module.slots.items()) if slot.endswith(("_A", "_B"))]
     if len(pair) != 2:
         return ModuleStatus(module.module, "incomplete", keys=keys)
     a, b = pair
-    rank = a.shape[0]
-    scaling = config.scaling(module.module, rank)
+    rank, claimed = a.shape[0], config.rank_of(module.module)
     dora = "lora_magnitude_vector" in module.slots
-    norm: float | None = None
-    zero = False
-    if rank and a.count % rank == 0 and b.count % rank == 0:
-        left, right = FactorView.matrix(0, b, b.count // rank, rank), FactorView.matrix(0, a, rank, a.count // rank)
-        stand_in = TensorInfo("", "F32", (left.shape[0], right.shape[1]), "", 0, 0)
-        operation = Operation(
-            "lora", Place.whole(stand_in), 0, "", "", {"left": left, "right": right}, {"scaling": scaling}
-        )
-        facts = operation_facts(operation, [adapter])
-        norm, zero = facts.norm, facts.zero and not dora
+    kind = "dora" if dora else "lora"
+    stacked = bool(config.target_parameters) and claimed is not None and rank != claimed
+    if stacked and (config.rank_pattern or rank % (claimed or 1)):
+        return ModuleStatus(module.module, kind, keys=keys)
+    rank = (claimed or rank) if stacked else rank
+    scaling = config.scaling(module.module, rank)
+    facts = [operation_facts(operation, [adapter]) for operation in _products(a, b, rank, scaling)]
+    norms = [fact.norm for fact in facts if fact.norm is not None]
     return ModuleStatus(
         module.module,
-        "dora" if dora else "lora",
+        kind,
         rank,
         scaling * (rank**0.5 if config.rslora else rank),
         scaling,
-        norm,
-        zero,
+        sum(norm * norm for norm in norms) ** 0.5 if norms else None,
+        bool(facts) and all(fact.zero for fact in facts) and not dora,
         keys,
     )
+
+
+def _products(a: TensorInfo, b: TensorInfo, rank: int, scaling: float) -> Iterator[Operation]:
+    """The product of two factors, or of those of each expert where they hold several ranks: A expert by expert, B rank
+    by rank. Nothing for factors that are no matrices of this rank."""
+    experts = a.shape[0] // rank if rank else 0
+    if not experts or a.count % a.shape[0] or b.count % a.shape[0]:
+        return
+    out, into = b.count // a.shape[0], a.count // a.shape[0]
+    place = Place.whole(TensorInfo("", "F32", (out, into), "", 0, 0))
+    for e in range(experts):
+        left = FactorView(0, b.name, b.dtype, b.count, (Lines(0, out, rank * experts), Lines(e, rank, experts)))
+        right = FactorView(0, a.name, a.dtype, a.count, (Lines(e * rank * into, rank, into), Lines(0, into)))
+        yield Operation("lora", place, 0, "", "", {"left": left, "right": right}, {"scaling": scaling})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from streammerge import api
 from tests.refusals.making import (
@@ -86,6 +87,24 @@ def test_stacked_experts_on_a_base_that_stores_them_one_by_one_are_one_line(tmp_
     at = lines.index("  is  model.layers.0.mlp.experts.down_proj (exact, mixtral[0] mixtral[2])")
     assert lines[at + 1] == f"  ->  4 tensors: {SPARSE}.{{0..3}}.w2.weight in 3 files"
     assert len(lines) == 2 + 2 * 4
+
+
+def test_without_a_base_stacked_experts_have_the_same_rank_and_norm(tmp_path: Path) -> None:
+    base, adapter = moe_at(tmp_path)
+    alone = json.loads(call("inspect", adapter, "--json").out)["modules"]
+    known = inspected(adapter, base)["modules"]
+    figures = [sorted((m["rank"], m["alpha"], m["scaling"]) for m in modules) for modules in (alone, known)]
+    assert figures[0] == figures[1] == [(RANK, 4, 2.0)] * 2
+    norms = [sorted(module["norm"] for module in modules) for modules in (alone, known)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_without_a_base_experts_of_several_ranks_have_none_that_is_known(tmp_path: Path) -> None:
+    _, adapter = moe_at(tmp_path)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"gate_up_proj": 2 * RANK}}))
+    modules = json.loads(call("inspect", adapter, "--json").out)["modules"]
+    assert [(module["rank"], module["norm"]) for module in modules] == [(None, None)] * 2
 
 
 ROWS = ("mixtral[0]", "mixtral[1]", "mixtral[2]")
