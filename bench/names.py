@@ -5,8 +5,8 @@
 No files: the headers are made in memory, so that only names, rules and shapes are worked on. The first base is Llama 3
 70B, LoRA on its 560 linear layers. The second is a mixture of experts as DeepSeek-V3 is stored, 60,000 tensors, one for
 each expert and projection, LoRA on attention and shared experts and on the stacked experts of transformers 5; its
-targets are the 60,000 operations of a plan. The first figure of each holds what is done once: reading the tables, compiling
-patterns.
+targets are the 60,000 operations of a plan. The first figure of each holds what is done once: reading the tables,
+compiling patterns.
 """
 
 from __future__ import annotations
