@@ -218,29 +218,25 @@ def test_the_same_tie_is_no_obstacle_to_an_adapter_that_leaves_it_alone(tmp_path
     assert load_all(tmp_path / "out")["shared.weight"] == load_all(base)["shared.weight"]
 
 
+EMBEDDING = {
+    f"{PREFIX}model.embed_tokens.lora_embedding_A": normal("A", RANK, VOCABULARY),
+    f"{PREFIX}model.embed_tokens.lora_embedding_B": normal("B", HIDDEN, RANK),
+}
+
+
 def test_a_class_with_ties_that_are_no_pairs_of_names_is_not_untied(tmp_path: Path) -> None:
     changes = {"architectures": ["ZambaForCausalLM"], "model_type": "zamba", "tie_word_embeddings": True}
     base = make_base(tmp_path / "base", base_tensors(head=False), changes=changes)
-    module = f"{PREFIX}model.embed_tokens"
-    pair = {
-        f"{module}.lora_embedding_A": normal("A", RANK, VOCABULARY),
-        f"{module}.lora_embedding_B": normal("B", HIDDEN, RANK),
-    }
     words = ("one side of the tie between `model.embed_tokens.weight`", "other ties that `tie_word_embeddings` would")
-    refused(4, *words, base=base, adapters=make_adapter(tmp_path / "embedding", pair))
+    refused(4, *words, base=base, adapters=make_adapter(tmp_path / "embedding", EMBEDDING))
     merged(base, make_adapter(tmp_path / "adapter"), tmp_path / "out")
 
 
 def test_an_unknown_class_that_says_its_embeddings_are_tied_is_refused_for_them(tmp_path: Path) -> None:
     changes = {"architectures": ["NewForCausalLM"], "model_type": "new", "tie_word_embeddings": True}
     base = make_base(tmp_path / "base", base_tensors(head=False), changes=changes)
-    module = f"{PREFIX}model.embed_tokens"
-    pair = {
-        f"{module}.lora_embedding_A": normal("A", RANK, VOCABULARY),
-        f"{module}.lora_embedding_B": normal("B", HIDDEN, RANK),
-    }
     words = ("the adapter changes `model.embed_tokens.weight`", "embeddings are tied", "not in the table of ties")
-    refused(4, *words, base=base, adapters=make_adapter(tmp_path / "adapter", pair))
+    refused(4, *words, base=base, adapters=make_adapter(tmp_path / "adapter", EMBEDDING))
     outcome = merged(base, make_adapter(tmp_path / "attention"), tmp_path / "out")
     assert "`NewForCausalLM` is not in the table of architectures" in outcome.err
 
