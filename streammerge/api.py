@@ -95,13 +95,13 @@ def verify(
         raise UsageError(f"a sample of {sample:g} is not a share between 0 and 1")
     document = read_marker(path)
     checked = verify_digests(path, document, _progress(progress))
-    texts, missing = _inputs_of(path, base, adapters)
+    texts, missing = _inputs_of(path, base, adapters, options.get("rules"))
     if texts is None:
         if full or sample is not None:
             raise InputMissingError(str(path), f"cannot be derived again: {missing}", "give `--base` and `--adapter`")
         notes = (f"{missing}: digests were checked, nothing was derived again",)
         return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes)
-    chosen = Options.of({**document["options"], **options})
+    chosen = Options.of({**document["options"], **options, "rules": texts[2]})
     weights = [item["weight"] for item in document["adapters"]]
     inputs, plan_again = _prepare(texts[0], texts[1], weights, chosen)
     rederived = verify_against(plan_again, inputs, path, document, 1.0 if full else sample or DEFAULT_SAMPLE)
@@ -116,7 +116,8 @@ def _prepare(
     check_device(options.device)
     checkpoint: Checkpoint = open_checkpoint(str(base), options.read)
     opened: list[Adapter] = [open_adapter(text, options.read) for text in texts]
-    return Inputs(checkpoint, opened), build_plan(checkpoint, opened, factors, options)
+    rules = str(Path(options.rules).absolute()) if options.rules else ""
+    return Inputs(checkpoint, opened, rules), build_plan(checkpoint, opened, factors, options)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -142,9 +143,9 @@ def check_device(device: str) -> None:
 
 
 def _inputs_of(
-    output: Path, base: PathLike | None, adapters: PathLike | Sequence[PathLike] | None
-) -> tuple[tuple[str, list[str]] | None, str]:
-    """Base and adapters to verify against; or None and why not."""
+    output: Path, base: PathLike | None, adapters: PathLike | Sequence[PathLike] | None, rules: str | None
+) -> tuple[tuple[str, list[str], str] | None, str]:
+    """Base, adapters and table of rules to verify against; or None and why not."""
     recorded = recorded_inputs(output)
     texts = (
         None
@@ -155,13 +156,15 @@ def _inputs_of(
     )
     base_text = str(base) if base is not None else recorded[0] if recorded else None
     adapter_texts = texts if texts is not None else recorded[1] if recorded else None
+    rules_text = rules if rules is not None else recorded[2] if recorded else ""
     if base_text is None or adapter_texts is None:
         return None, "where base and adapters are is not recorded"
     if base is None and adapters is None:
-        gone = [text for text in (base_text, *adapter_texts) if text.startswith("/") and not io.exists(text)]
+        named = (base_text, *adapter_texts, rules_text)
+        gone = [text for text in named if text.startswith("/") and not io.exists(text)]
         if gone:
             return None, f"`{gone[0]}`, which the output was made from, is gone"
-    return (base_text, adapter_texts), ""
+    return (base_text, adapter_texts, rules_text), ""
 
 
 def _progress(progress: Progress | bool | None) -> Progress:

@@ -57,10 +57,11 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a plan is carried out on."""
+    """What a plan is carried out on. `rules` is the path of a table of conversion rules that is not the shipped one."""
 
     checkpoint: Checkpoint
     adapters: Sequence[Adapter]
+    rules: str = ""
 
 
 def fingerprint_of(plan: MergePlan, checkpoint: Checkpoint) -> str:
@@ -168,6 +169,7 @@ class _Run:
         origin = {
             "base": _where(self.inputs.checkpoint.facts.origin, self.inputs.checkpoint.facts.identity),
             "adapters": [_where(item.facts.root, item.facts.identity) for item in self.inputs.adapters],
+            **({"rules": self.inputs.rules} if self.inputs.rules else {}),
         }
         late |= {INPUTS: strict_json.dumps(origin), MARKER: strict_json.dumps(document)}
         directory.publish([*files, *(sidecar.name for sidecar in plan.sidecars)], late)

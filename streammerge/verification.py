@@ -77,8 +77,9 @@ def read_marker(output: Path) -> dict[str, Any]:
     return document
 
 
-def recorded_inputs(output: Path) -> tuple[str, list[str]] | None:
-    """Where base and adapters were when the output was made, if that was recorded and makes sense."""
+def recorded_inputs(output: Path) -> tuple[str, list[str], str] | None:
+    """Where base, adapters and a table of rules (or nothing) were when the output was made, if that was recorded and
+    makes sense."""
     path = output / INPUTS
     if not io.exists(path):
         return None
@@ -86,14 +87,15 @@ def recorded_inputs(output: Path) -> tuple[str, list[str]] | None:
         data = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
     except InputError:
         return None
-    base, adapters = data.get("base"), data.get("adapters")
+    base, adapters, rules = data.get("base"), data.get("adapters"), data.get("rules", "")
     if (
         not isinstance(base, str)
+        or not isinstance(rules, str)
         or not isinstance(adapters, list)
         or not all(isinstance(item, str) for item in adapters)
     ):
         return None
-    return base, adapters
+    return base, adapters, rules
 
 
 def verify_digests(output: Path, document: Mapping[str, Any], progress: Progress = silent) -> int:

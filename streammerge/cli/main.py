@@ -163,7 +163,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "adapter", metavar="ADAPTER", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]"
     )
     parser.add_argument("--base", metavar="BASE", help="resolve the adapter's modules in this base")
-    _add_options(parser, ("ignore_config_field", "allow_unused"))
+    _add_options(parser, ("ignore_config_field", "allow_unused", "expert_orientation", "expert_packing", "rules"))
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 
@@ -178,7 +178,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--sample", metavar="PERCENT", type=_percent, help="share of the output to derive again (default 5%%)"
     )
     share.add_argument("--full", action="store_true", help="derive all of it again")
-    _add_options(parser, ("workers", "memory", "read"))
+    _add_options(parser, ("workers", "memory", "read", "rules"))
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 
