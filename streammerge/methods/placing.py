@@ -27,6 +27,8 @@ def placed(operations: Iterable[Operation], parameter: Parameter, *, stacked: bo
 
     Raises NotMergeableError where an operation cannot follow the way in which the parameter is stored.
     """
+    if not parameter.complete:
+        raise NotMergeableError((parameter.name,), f"of `{parameter.name}` only a part is stored in the base")
     try:
         cuts = parameter.cuts(stacked=stacked)
     except ValueError as error:
