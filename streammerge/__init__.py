@@ -18,10 +18,10 @@ from streammerge.core.errors import StreamMergeError
 if TYPE_CHECKING:
     from streammerge.api import inspect, merge, plan, verify
     from streammerge.core.options import Options
-    from streammerge.execute import Event
     from streammerge.inspection import AdapterStatus
     from streammerge.planning.model import MergePlan
     from streammerge.report import Report
+    from streammerge.stream import Event
 
 __all__ = [
     "AdapterStatus",
@@ -38,7 +38,7 @@ __all__ = [
 
 _HOMES = {
     "AdapterStatus": "inspection",
-    "Event": "execute",
+    "Event": "stream",
     "MergePlan": "planning.model",
     "Options": "core.options",
     "Report": "report",

@@ -8,17 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from streammerge.compute.devices import device_of
+from streammerge.compute.loading import load_in_background
 from streammerge.core import io
 from streammerge.core.errors import InputMissingError, UsageError
 from streammerge.core.options import Options
 from streammerge.core.text import count_text
-from streammerge.execute import Event, Inputs, execute, silent
+from streammerge.execute import execute
 from streammerge.inspection import AdapterStatus, inspect_adapter
 from streammerge.planning.build import build_plan
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report
 from streammerge.sources.adapter import Adapter, open_adapter
+from streammerge.sources.ahead import ReadAhead
 from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
+from streammerge.stream import Event, Inputs, silent
 from streammerge.verification import (
     DEFAULT_SAMPLE,
     check_after_run,
@@ -50,19 +54,23 @@ def merge(
     """
     chosen = Options.of(options)
     with_bar = _progress(progress)
-    inputs, plan = _prepare(base, adapters, weights, chosen)
-    report = execute(plan, inputs, Path(output), overwrite=chosen.overwrite, progress=with_bar)
-    if not verify or report.status != "done":
-        return report
-    with_bar(Event("verify"))
-    return check_after_run(plan, inputs, report)
+    load_in_background()
+    checkpoint = open_checkpoint(str(base), chosen.read)
+    with ReadAhead(checkpoint.files, [shard.file for shard in checkpoint.facts.shards]):
+        inputs, plan = _prepare(checkpoint, adapters, weights, chosen)
+        report = execute(plan, inputs, Path(output), chosen, with_bar)
+        if not verify or report.status != "done":
+            return report
+        with_bar(Event("verify"))
+        return check_after_run(plan, inputs, report)
 
 
 def plan(
     base: PathLike, adapters: PathLike | Sequence[PathLike], *, weights: Sequence[float] | None = None, **options: Any
 ) -> MergePlan:
     """What `merge` would do with the same arguments, as a value. Raises like `merge`, writes nothing."""
-    return _prepare(base, adapters, weights, Options.of(options))[1]
+    chosen = Options.of(options)
+    return _prepare(open_checkpoint(str(base), chosen.read), adapters, weights, chosen)[1]
 
 
 def inspect(adapter: PathLike, base: PathLike | None = None, **options: Any) -> AdapterStatus:
@@ -100,21 +108,23 @@ def verify(
         if full or sample is not None:
             raise InputMissingError(str(path), f"cannot be derived again: {missing}", "give `--base` and `--adapter`")
         notes = (f"{missing}: digests were checked, nothing was derived again",)
-        return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes)
+        return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes=notes)
     chosen = Options.of({**document["options"], **options, "rules": texts[2]})
     weights = [item["weight"] for item in document["adapters"]]
-    inputs, plan_again = _prepare(texts[0], texts[1], weights, chosen)
+    inputs, plan_again = _prepare(open_checkpoint(texts[0], chosen.read), texts[1], weights, chosen)
     rederived = verify_against(plan_again, inputs, path, document, 1.0 if full else sample or DEFAULT_SAMPLE)
     return Report(path, document, "verified", time.monotonic() - began, checked, rederived)
 
 
 def _prepare(
-    base: PathLike, adapters: PathLike | Sequence[PathLike], weights: Sequence[float] | None, options: Options
+    checkpoint: Checkpoint,
+    adapters: PathLike | Sequence[PathLike],
+    weights: Sequence[float] | None,
+    options: Options,
 ) -> tuple[Inputs, MergePlan]:
     texts = [str(adapters)] if isinstance(adapters, str | Path) else [str(item) for item in adapters]
     factors = _weights(weights, len(texts))
-    check_device(options.device)
-    checkpoint: Checkpoint = open_checkpoint(str(base), options.read)
+    device_of(options.device)
     opened: list[Adapter] = [open_adapter(text, options.read) for text in texts]
     rules = str(Path(options.rules).absolute()) if options.rules else ""
     return Inputs(checkpoint, opened, rules), build_plan(checkpoint, opened, factors, options)
@@ -132,14 +142,6 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(math.isfinite(weight) for weight in chosen):
         raise UsageError("a weight is not finite")
     return chosen
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that nothing can be computed on yet."""
-    if device.startswith("cuda"):
-        raise UsageError(
-            f"`--device {device}` is not supported yet", "the arithmetic is done on the CPU: `--device cpu`"
-        )
 
 
 def _inputs_of(

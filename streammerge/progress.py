@@ -13,7 +13,7 @@ import time
 from typing import Any, TextIO
 
 from streammerge.core.text import printable, size_text
-from streammerge.execute import Event
+from streammerge.stream import Event
 
 GROUP = "streammerge.merge"
 WORDS = {"publish": "publishing", "verify": "verifying"}

@@ -6,8 +6,10 @@ about this run in particular (paths, times) is outside of it.
 
 from __future__ import annotations
 
+import threading
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from streammerge.core.digests import file_digest
 from streammerge.core.options import Options
 from streammerge.core.tensors import Operation, OutputTensor, Stored
 from streammerge.planning.model import MergePlan
+from streammerge.planning.tiles import grid_of
 
 REPORT_VERSION = 1
 
@@ -32,24 +35,35 @@ class TensorStats:
     survived: float | None
 
 
-@dataclass(slots=True)
 class StatsCollector:
-    """Collects measurements of tiles from all workers; sums them in the order of the tiles, whoever came first."""
+    """Collects measurements of tiles from all workers, as bare numbers: a tile in 17 bytes. They are summed in the
+    order of the tiles, whoever came first."""
 
-    tiles: dict[str, dict[int, TileStats]] = field(default_factory=dict)
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        self._deltas: dict[str, array[float]] = {}
+        self._samples: dict[str, dict[int, tuple[float, float]]] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, tensor: str, tile: int, stats: TileStats) -> None:
-        """Note one tile. Dictionary assignments are atomic, no two workers report the same tile."""
-        self.tiles.setdefault(tensor, {})[tile] = stats
+        """Note what was measured of one tile, or from one tile on; no two workers report the same."""
+        with self._lock:
+            if tensor not in self._deltas:
+                output = self._plan.tensors[tensor]
+                self._deltas[tensor] = array("d", bytes(8 * grid_of(output.shape, output.operations).count))
+                self._samples[tensor] = {}
+            self._deltas[tensor][tile] += stats.delta
+            if stats.sampled:
+                self._samples[tensor][tile] = (stats.sampled, stats.survived)
 
     def of(self, tensor: str) -> TensorStats | None:
         """The statistics of a tensor, None if no tile of it was touched."""
-        tiles = [stats for _, stats in sorted(self.tiles.get(tensor, {}).items())]
-        if not tiles:
+        if tensor not in self._deltas:
             return None
-        sampled = sum(stats.sampled for stats in tiles)
-        survived = _shared(sum(stats.survived for stats in tiles) / sampled) if sampled else None
-        return TensorStats(_shared(sum(stats.delta for stats in tiles) ** 0.5), survived)
+        samples = [found for _, found in sorted(self._samples[tensor].items())]
+        sampled = sum(delta for delta, _ in samples)
+        survived = _shared(sum(left for _, left in samples) / sampled) if sampled else None
+        return TensorStats(_shared(sum(self._deltas[tensor]) ** 0.5), survived)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +72,19 @@ class WrittenFile:
 
     size: int
     blocks: tuple[str, ...]
+    sha256: str = ""
+    """Where it was asked for."""
 
     def data(self) -> dict[str, Any]:
         """As it stands in the report."""
-        return {"size": self.size, "digest": file_digest(self.blocks), "blocks": list(self.blocks)}
+        found = {"size": self.size, "digest": file_digest(self.blocks), "blocks": list(self.blocks)}
+        return found | ({"sha256": self.sha256} if self.sha256 else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of a run or of a verification. `checked` and `rederived` count blocks, `seconds` is wall time."""
+    """The outcome of a run or of a verification. `checked` and `rederived` count blocks, `seconds` is wall time,
+    `io` how the weights were written."""
 
     output: Path
     document: Mapping[str, Any]
@@ -74,6 +92,7 @@ class Report:
     seconds: float = 0.0
     checked: int = 0
     rederived: int = 0
+    io: str = ""
     notes: Sequence[str] = ()
 
     @property
@@ -100,6 +119,7 @@ class Report:
             "fingerprint": self.document["fingerprint"],
             "changed_tensors": self.changed,
             "written_bytes": sum(item["size"] for item in self.document["files"].values()),
+            "io": self.io,
             "seconds": round(self.seconds, 3),
             "blocks_checked": self.checked,
             "blocks_rederived": self.rederived,

@@ -9,25 +9,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.compute.produce import Producer, shard_bytes
+from streammerge.compute.produce import Producer
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
 from streammerge.core.errors import InputError, StreamMergeError, UnfinishedOutputError, VerificationError
 from streammerge.core.text import some_of
-from streammerge.execute import (
-    Event,
-    Inputs,
-    Progress,
-    fingerprint_of,
-    run_jobs,
-    silent,
-    single_threaded_torch,
-    stoppable,
-)
+from streammerge.execute import fingerprint_of
 from streammerge.formats.filenames import SAFETENSORS_INDEX
 from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
@@ -35,6 +26,7 @@ from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report, malformed_part, own_digest
 from streammerge.sinks.directory import INPUTS, MARKER, STAGING
+from streammerge.stream import Event, Inputs, Progress, derived_digest, run_jobs, silent
 
 DEFAULT_SAMPLE = 0.05
 """Share of the blocks that is derived again unless the caller says otherwise."""
@@ -133,12 +125,11 @@ def verify_against(plan: MergePlan, inputs: Inputs, output: Path, document: Mapp
     def work(job: tuple[int, int]) -> None:
         number, block = job
         shard = plan.shards[number]
-        start, end = block_range(block, shard.size)
-        digest = block_digest(stoppable(shard_bytes(producer, number, start, end), stop))
-        if digest != document["files"][shard.file]["blocks"][block]:
+        if derived_digest(producer, number, block, stop) != document["files"][shard.file]["blocks"][block]:
+            start, end = block_range(block, shard.size)
             findings.problems.append(f"`{shard.file}` bytes {start:,} to {end:,} are not what base and adapters give")
 
-    with single_threaded_torch():
+    with producer.threads.kept():
         run_jobs(jobs, work, plan.figures.workers, stop)
     findings.raise_if_any()
     return len(jobs)
@@ -160,7 +151,7 @@ def check_after_run(plan: MergePlan, inputs: Inputs, report: Report) -> Report:
     findings.raise_if_any()
     rederived = verify_against(plan, inputs, report.output, report.document, DEFAULT_SAMPLE)
     seconds = report.seconds + time.monotonic() - began
-    return Report(report.output, report.document, report.status, seconds, findings.checked, rederived, report.notes)
+    return replace(report, seconds=seconds, checked=findings.checked, rederived=rederived)
 
 
 def sampled_blocks(plan: MergePlan, share: float, seed: str) -> list[tuple[int, int]]:

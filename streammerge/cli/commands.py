@@ -14,9 +14,9 @@ from streammerge.cli.output import Output
 from streammerge.cli.show import plan_text, status_text
 from streammerge.core.errors import UsageError
 from streammerge.core.text import count_text, printable, size_text
-from streammerge.execute import Event, Progress, silent
 from streammerge.progress import Bar, duration_text
 from streammerge.report import Report
+from streammerge.stream import Event, Progress, silent
 
 
 def run(arguments: argparse.Namespace, output: Output) -> None:

@@ -1,22 +1,24 @@
-"""Factors of adapters as float64 tensors, read when a tile needs them and let go afterwards.
+"""Factors of adapters as tensors of the arithmetic's dtype, read when a tile needs them and let go afterwards.
 
 One reader for each worker: what it keeps is its own, so that no lock stands in the arithmetic's way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from streammerge.compute.lanes import Workspace
 from streammerge.core.dtypes import itemsize, torch_dtype
 from streammerge.core.tensors import FactorView
 from streammerge.sources.adapter import Adapter
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Part = tuple[tuple[int, int], ...]
-"""Rows and columns of a matrix factor; nothing for all of a vector."""
+"""A range of each axis of a factor."""
 SPREAD = 4
 """Where nothing is mapped, elements that are spread over more than so many times their number are read line by line: a
 few rows of a transposed factor reach from one end of it to the other."""
@@ -27,11 +29,17 @@ MAPPED = 4 * 2**20
 class FactorReader:
     """Implements `methods.base.Factors` for one worker."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], work: Workspace | None = None) -> None:
         self._adapters = adapters
-        self._kept: dict[FactorView, tuple[Part, Tensor]] = {}
+        self._work = work or Workspace.of_float64()
+        self._kept: dict[FactorView, tuple[Part, float, Tensor]] = {}
         self._touched: set[tuple[int, str]] = set()
         self._mapped = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return self._work.dtype
 
     def forget(self) -> None:
         """Let go of everything kept; called when a worker turns to another matrix."""
@@ -39,28 +47,30 @@ class FactorReader:
         self._give_back()
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """Rows and columns of a matrix factor, float64."""
+        """Rows and columns of a matrix factor."""
         return self._read(view, (rows, cols))
 
-    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """The same, remembered until another part of the factor is asked for, or `forget`: a very long row is worked
-        on in stretches, and all of them together are what the budget has no room for."""
-        return self._remembered(view, (rows, cols), lambda: self.part(view, rows, cols))
+    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int], times: float = 1.0) -> Tensor:
+        """All that is asked for, `times` a number, remembered until something else of the factor is asked for, or
+        `forget`: a very long row is worked on in stretches, and all of them together are what the budget has no room
+        for."""
+        return self._remembered(view, (rows, cols), times)
 
     def vector(self, view: FactorView) -> Tensor:
-        """All of a vector factor, float64, remembered until `forget`."""
-        return self._remembered(view, (), lambda: self._read(view, [(0, n) for n in view.shape]))
+        """All of a vector factor, remembered until `forget`."""
+        return self._remembered(view, tuple((0, n) for n in view.shape), 1.0)
 
-    def _remembered(self, view: FactorView, part: Part, read: Callable[[], Tensor]) -> Tensor:
-        if view not in self._kept or self._kept[view][0] != part:
-            self._kept[view] = part, read()
-        return self._kept[view][1]
+    def _remembered(self, view: FactorView, part: Part, times: float) -> Tensor:
+        if view not in self._kept or self._kept[view][:2] != (part, times):
+            values = self._read(view, part)
+            self._kept[view] = part, times, values if times == 1.0 else values.mul_(times)
+        return self._kept[view][2]
 
     def _read(self, view: FactorView, ranges: Sequence[tuple[int, int]]) -> Tensor:
         import torch
 
         mapped = self._adapters[view.adapter].files.mapped
-        values = torch.empty([last - first for first, last in ranges], dtype=torch.float64)
+        values = torch.empty([last - first for first, last in ranges], dtype=self._work.dtype)
         for block in view.blocks(ranges):
             target = values[block.where]
             if mapped or block.high - block.low <= SPREAD * target.numel():
@@ -74,7 +84,7 @@ class FactorReader:
         self._mapped += values.numel() * itemsize(view.dtype)
         if self._mapped > MAPPED:
             self._give_back()
-        return values
+        return values.to(self._work.device)
 
     def _copy(self, target: Tensor, view: FactorView, low: int, strides: tuple[int, ...]) -> None:
         """Fill `target` with the elements from `low` on."""

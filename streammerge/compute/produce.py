@@ -1,71 +1,101 @@
-"""Producing the bytes of an output tensor: any range of them, the same bytes whoever asks for whichever range.
+"""Producing the bytes of an output: any stretch of any of its files, the same bytes whoever asks for whichever stretch.
 
-Untouched stretches are handed out as they lie in the base, without a copy; touched ones tile by tile on the canonical
-grid. Execution, verification and views all pull from here.
+What nothing touches is copied as it lies in the base, the rest is made tile by tile on the canonical grid. Execution,
+verification and views all pull from here, from as many threads as they like.
 """
 
 from __future__ import annotations
 
-import math
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compute.factors import FactorReader
-from streammerge.compute.tile import TileMerger, TileStats, measure, overlap, rounded, window
-from streammerge.core.dtypes import itemsize, torch_dtype
-from streammerge.core.errors import NonFiniteError
+from streammerge.compute.devices import DeviceMaker
+from streammerge.compute.lanes import Cpu
+from streammerge.compute.loading import TorchThreads
+from streammerge.compute.tile import overlap, window
+from streammerge.compute.worker import Recipe, StatsSink, TileWorker
+from streammerge.core.dtypes import torch_dtype
 from streammerge.core.tensors import Operation, OutputTensor, Stored, TensorInfo
 from streammerge.methods import FORMULAS, Locality
 from streammerge.methods.base import Region
 from streammerge.planning.layout import size_of
-from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
-from streammerge.planning.tiles import Tile, TileGrid, grid_of
+from streammerge.planning.tiles import Tile
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
-from streammerge.sources.files import TensorFiles
+from streammerge.sources.files import OpenFile, Scratch, TensorFiles
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-SAMPLE_EVERY = 8
-"""One tile in so many is measured for how much of its delta survived rounding."""
 KEPT_STATES = 4
-
-StatsSink = Callable[[str, int, TileStats], None]
 
 
 class Producer:
-    """Hands out bytes of a plan's tensors, from any number of threads. `on_stats` receives tensor, tile number and
-    measurements of every tile whose first byte was asked for."""
+    """Hands out bytes of a plan's files. `on_stats` receives tensor, tile number and measurements of every tile whose
+    first byte was asked for. Torch is waited for where a tile is made, not before."""
 
     def __init__(
-        self, plan: MergePlan, checkpoint: Checkpoint, adapters: Sequence[Adapter], on_stats: StatsSink | None = None
+        self,
+        plan: MergePlan,
+        checkpoint: Checkpoint,
+        adapters: Sequence[Adapter],
+        on_stats: StatsSink | None = None,
+        device: DeviceMaker = Cpu,
     ) -> None:
         self.plan, self.checkpoint, self.adapters = plan, checkpoint, adapters
+        self.threads = TorchThreads()
         self._stored = checkpoint.facts.tensors
-        self._on_stats = on_stats
+        self._on_stats, self._device = on_stats, device
         self._local = threading.local()
+        self._layout = [(list(shard.offsets), list(shard.offsets.values())) for shard in plan.shards]
         self._states: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._states_lock = threading.Lock()
 
-    def read(self, output: OutputTensor, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes [start, end) of an output tensor, in pieces; each is good until the next is asked for."""
+    def fill(self, number: int, start: int, end: int, into: memoryview) -> None:
+        """Bytes [start, end) of output file `number`: its header, then its tensors."""
+        shard = self.plan.shards[number]
+        names, offsets = self._layout[number]
+        if start < len(shard.header):
+            stop = min(end, len(shard.header))
+            into[: stop - start] = shard.header[start:stop]
+        for at in range(max(0, bisect_right(offsets, start) - 1), len(names)):
+            if offsets[at] >= end:
+                break
+            output = self.plan.tensors[names[at]]
+            first, last = max(start, offsets[at]), min(end, offsets[at] + size_of(output))
+            if first < last:
+                self.fill_tensor(output, first - offsets[at], last - offsets[at], into[first - start : last - start])
+
+    def fill_tensor(self, output: OutputTensor, start: int, end: int, into: memoryview) -> None:
+        """Bytes [start, end) of one output tensor."""
         files, info = self._source(output)
         if not output.operations and info.dtype == output.dtype:
-            yield from _raw(files, info, start, end)
+            files.copy(info, start, end, into, self._aside())
             return
-        width = itemsize(output.dtype)
-        grid = grid_of(output.shape, output.operations)
-        element = start // width
-        while element * width < end:
-            tile = grid.tile(grid.index_of(element))
-            first, last = max(start, tile.start * width), min(end, tile.end * width)
-            data = self._tile(output, tile, grid, files, info, report=first == tile.start * width)
-            yield data[first - tile.start * width : last - tile.start * width]
-            element = tile.end
+        self._worker().fill(self._recipe(output, files, info), start, end, into)
+
+    def verbatim(self, number: int, start: int, end: int) -> tuple[OpenFile, int] | None:
+        """The stored file, and the offset in it, where these very bytes of an output file lie one after the other; None
+        if they do not."""
+        names, offsets = self._layout[number]
+        at = bisect_right(offsets, start) - 1
+        found: tuple[TensorFiles, str, int] | None = None
+        position = start
+        while position < end:
+            if not 0 <= at < len(names) or offsets[at] > position:
+                return None
+            output = self.plan.tensors[names[at]]
+            files, info = self._source(output)
+            here = (files, info.file, info.start - offsets[at])
+            if output.operations or info.dtype != output.dtype or info.strides is not None or found not in (None, here):
+                return None
+            found, position, at = here, offsets[at] + size_of(output), at + 1
+        return (found[0].opened(found[1]), start + found[2]) if found else None
 
     def _source(self, output: OutputTensor) -> tuple[TensorFiles, TensorInfo]:
         if isinstance(output.source, Stored):
@@ -73,134 +103,73 @@ class Producer:
         adapter = self.adapters[output.source.adapter]
         return adapter.files, adapter.facts.tensors[output.source.key]
 
-    def _tile(
-        self, output: OutputTensor, tile: Tile, grid: TileGrid, files: TensorFiles, info: TensorInfo, *, report: bool
-    ) -> memoryview:
-        operations = [(n, op, region) for n, op in enumerate(output.operations) if (region := overlap(op, tile))]
-        width = itemsize(info.dtype)
-        data = files.read(info, tile.start * width, tile.end * width)
-        if not operations and info.dtype == output.dtype:
-            return data
-        weight = _as_tile(data, info.dtype, tile)
-        factors = self._factors(output.name, tile.matrix)
-        merger = TileMerger(factors, lambda n, op, at: self._state(output, n, op, at, grid))
-        value, delta = merger.merge(weight, tile, operations)
-        written = rounded(value, output.dtype)
-        _check_finite(written, weight, output, tile)
-        if report and operations and self._on_stats:
-            sample = tile.index % SAMPLE_EVERY == 0
-            self._on_stats(output.name, tile.index, measure(weight, value, delta, written, sample=sample))
-        files.give_back(info, tile.start * width, tile.end * width)
-        return _bytes_of(written)
+    def _aside(self) -> Scratch:
+        if not hasattr(self._local, "aside"):
+            self._local.aside = Scratch()
+        scratch: Scratch = self._local.aside
+        return scratch
 
-    def _factors(self, name: str, matrix: int) -> FactorReader:
-        """This thread's factor reader; it forgets when the thread turns to another matrix."""
-        local = self._local
-        if not hasattr(local, "factors"):
-            local.factors, local.at = FactorReader(self.adapters), None
-        if local.at != (name, matrix):
-            local.factors.forget()
-            local.at = (name, matrix)
-        factors: FactorReader = local.factors
-        return factors
+    def _worker(self) -> TileWorker:
+        """This thread's worker; the first time, it waits for torch."""
+        if not hasattr(self._local, "worker"):
+            self.threads.use_one()
+            lane = self._device().lane(self._accumulate())
+            self._local.worker = TileWorker(self.adapters, lane, self._state, self._on_stats)
+        worker: TileWorker = self._local.worker
+        return worker
 
-    def _state(self, output: OutputTensor, number: int, operation: Operation, tile: Tile, grid: TileGrid) -> Any:
+    def _accumulate(self) -> torch.dtype:
+        return torch_dtype("F32" if self.plan.options.get("accumulate") == "float32" else "F64")
+
+    def _recipe(self, output: OutputTensor, files: TensorFiles, info: TensorInfo) -> Recipe:
+        kept: Recipe | None = getattr(self._local, "recipe", None)
+        if kept is None or kept.output is not output:
+            kept = self._local.recipe = Recipe(output, files, info)
+        return kept
+
+    def _state(self, recipe: Recipe, number: int, operation: Operation, tile: Tile) -> Any:
         """What a formula needs of more than its tile. Statistics of columns and matrices are computed once for all
         threads, in the order of the tiles; those of rows belong to the tile's own band."""
         locality = FORMULAS[operation.formula].locality(operation)
         if locality is Locality.ELEMENT:
             return None
         if locality is Locality.ROW:
-            return self._reduced(output, operation, [grid.tile(index) for index in grid.band_of(tile)])
+            return self._reduced(recipe, operation, recipe.grid.band_of(tile))
         with self._states_lock:
-            key = (output.name, number)
+            key = (recipe.output.name, number)
             if key not in self._states:
                 if locality is Locality.COLUMN:
-                    tiles = [grid.tile(index) for index in grid.matrix_of(tile.matrix)]
-                    self._states[key] = self._reduced(output, operation, tiles)
+                    self._states[key] = self._reduced(recipe, operation, recipe.grid.matrix_of(tile.matrix))
                 else:
-                    self._states[key] = self._prepared(output, operation)
+                    self._states[key] = self._prepared(recipe, operation)
+                self._worker().lane.settle()
                 if len(self._states) > KEPT_STATES:
                     self._states.popitem(last=False)
             return self._states[key]
 
-    def _reduced(self, output: OutputTensor, operation: Operation, tiles: Sequence[Tile]) -> Tensor:
+    def _reduced(self, recipe: Recipe, operation: Operation, tiles: range) -> Tensor:
         """The statistic over some tiles: one value for each of their rows, or for each column of the place."""
         import torch
 
-        formula = FORMULAS[operation.formula]
+        worker, formula = self._worker(), FORMULAS[operation.formula]
         by_column = formula.locality(operation) is Locality.COLUMN
-        files, info = self._source(output)
-        width = itemsize(info.dtype)
-        regions = [(tile, region) for tile in tiles if (region := overlap(operation, tile))]
-        total = torch.zeros(operation.place.shape[1] if by_column else regions[0][1].shape[0], dtype=torch.float64)
-        factors = self._factors(output.name, operation.place.matrix)
-        for tile, region in regions:
-            weight = _as_tile(files.read(info, tile.start * width, tile.end * width), info.dtype, tile)
-            share = formula.reduce(operation, region, weight[window(operation, tile, region)], factors)
+        parts = [(tile, region) for tile in map(recipe.grid.tile, tiles) if (region := overlap(operation, tile))]
+        length = operation.place.shape[1] if by_column else parts[0][1].shape[0]
+        total = torch.zeros(length, dtype=torch.float64, device=worker.lane.work.device)
+        for tile, region in parts:
+            data = recipe.read(tile, worker.aside)
+            shape = (tile.rows[1] - tile.rows[0], tile.cols[1] - tile.cols[0])
+            weight = worker.lane.upload(data, recipe.info.dtype, shape)
+            share = formula.reduce(operation, region, weight[window(operation, tile, region)], worker.factors)
             total[slice(*region.cols) if by_column else slice(None)] += share
-            files.give_back(info, tile.start * width, tile.end * width)
+            recipe.give_back(tile)
         return total
 
-    def _prepared(self, output: OutputTensor, operation: Operation) -> Any:
-        import torch
-
-        files, info = self._source(output)
-        view = operation.place.view
-        data = files.read(info, 0, info.nbytes)
-        weight = torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(view.stack, view.rows, view.cols)
-        matrix = operation.place.matrix
-        start = matrix * view.rows * view.cols
-        tile = Tile(0, matrix, (0, view.rows), (0, view.cols), start, start + view.rows * view.cols)
+    def _prepared(self, recipe: Recipe, operation: Operation) -> Any:
+        worker, view = self._worker(), operation.place.view
+        size = view.rows * view.cols
+        start = operation.place.matrix * size
+        tile = Tile(0, operation.place.matrix, (0, view.rows), (0, view.cols), start, start + size)
+        weight = worker.lane.upload(recipe.read(tile, Scratch()), recipe.info.dtype, (view.rows, view.cols))
         whole = Region(*((0, n) for n in operation.place.shape))
-        region = weight[matrix][window(operation, tile, whole)]
-        return FORMULAS[operation.formula].prepare(operation, region, self._factors(output.name, matrix))
-
-
-def shard_bytes(producer: Producer, number: int, start: int, end: int) -> Iterator[memoryview]:
-    """Bytes [start, end) of one output file: its header, then its tensors."""
-    shard = producer.plan.shards[number]
-    if start < len(shard.header):
-        yield memoryview(shard.header)[start:end]
-    for name, offset in shard.offsets.items():
-        output = producer.plan.tensors[name]
-        first, last = max(start, offset), min(end, offset + size_of(output))
-        if first < last:
-            yield from producer.read(output, first - offset, last - offset)
-
-
-def _raw(files: TensorFiles, info: TensorInfo, start: int, end: int) -> Iterator[memoryview]:
-    for first in range(start, end, PIECE):
-        last = min(first + PIECE, end)
-        yield files.read(info, first, last)
-        files.give_back(info, first, last)
-
-
-def _as_tile(data: memoryview, dtype: str, tile: Tile) -> Tensor:
-    import torch
-
-    rows, cols = tile.rows[1] - tile.rows[0], tile.cols[1] - tile.cols[0]
-    return torch.frombuffer(data, dtype=torch_dtype(dtype)).view(rows, cols)
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    import torch
-
-    return values.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _check_finite(written: Tensor, weight: Tensor, output: OutputTensor, tile: Tile) -> None:
-    """Refuse a value that is not finite where the stored one was."""
-    import torch
-
-    if all(math.isfinite(float(end)) for end in torch.aminmax(written)):
-        return
-    bad = ~torch.isfinite(written) & torch.isfinite(weight)
-    if bool(bad.any()):
-        row, col = (int(n) for n in bad.nonzero()[0])
-        where = [row + tile.rows[0], col + tile.cols[0]]
-        overflow = f", which may be out of range for {output.dtype}" if output.dtype == "F16" else ""
-        reason = f"the result is not finite in `{output.name}` at row {where[0]:,}, column {where[1]:,}{overflow}"
-        raise NonFiniteError(
-            (output.name,), reason, "`--dtype bfloat16` or `float32` holds larger values; an alpha may be far too large"
-        )
+        return FORMULAS[operation.formula].prepare(operation, weight[window(operation, tile, whole)], worker.factors)

@@ -1,29 +1,34 @@
-"""One tile: the stored values in, the rounded values out, and what happened to the delta on the way.
+"""Tiles: stored values in, rounded values out, and what happened to the delta on the way.
 
 Arithmetic version 1: deltas of additive operations are summed in float64 in the order of the plan, added to W in
 float64, rounded to float32 and then to the output's dtype (to float64 in one step where that is the output's).
+`--accumulate float32` does the same in float32. Every step is one pass over a tile that stays in a core's cache, into
+memory that is used again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.core.dtypes import torch_dtype
+from streammerge.compute.lanes import Workspace
+from streammerge.core.dtypes import itemsize
 from streammerge.core.lines import Lines
 from streammerge.core.tensors import Operation
 from streammerge.methods import FORMULAS, Region
-from streammerge.methods.base import Factors
+from streammerge.methods.base import Deltas, Factors
 from streammerge.planning.tiles import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 Window = tuple["slice | Tensor", "slice | Tensor"]
 """Rows and columns of a tile: slices, or indices that broadcast against each other."""
+INFINITY_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+"""Positive infinity of every dtype that is written, as a whole number; NaN lies above it."""
+SAMPLE_EVERY = 32
+"""One tile in so many is measured for how much of its delta survived rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,24 @@ class TileStats:
     delta: float
     sampled: float = 0.0
     survived: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The same of tile number `tile`, or from that one on, still on the device."""
+
+    tile: int
+    delta: Tensor | float = 0.0
+    sampled: Tensor | float = 0.0
+    survived: Tensor | float = 0.0
+
+    def stats(self) -> TileStats:
+        """As plain numbers."""
+        return TileStats(float(self.delta), float(self.sampled), float(self.survived))
+
+
+StateOf = Callable[[int, Operation, Tile], Any]
+Numbered = tuple[int, Operation]
 
 
 def overlap(operation: Operation, tile: Tile) -> Region | None:
@@ -49,29 +72,96 @@ def overlap(operation: Operation, tile: Tile) -> Region | None:
 
 
 class TileMerger:
-    """Applies operations to one tile of stored values W (T, C). `state` hands out what a formula needs to know of more
-    than the tile."""
+    """Applies operations to tiles that lie below each other in one matrix. `state` hands out what a formula needs to
+    know of more than a tile."""
 
-    def __init__(self, factors: Factors, state: Any) -> None:
-        self._factors, self._state = factors, state
+    def __init__(self, factors: Factors, state: StateOf, work: Workspace) -> None:
+        self._factors, self._state, self._work = factors, state, work
 
     def merge(
-        self, weight: Tensor, tile: Tile, operations: Sequence[tuple[int, Operation, Region]]
+        self, weight: Tensor, written: Tensor, tiles: Sequence[Tile], operations: Sequence[Numbered], *, stats: bool
+    ) -> list[Measured]:
+        """Round new values of stored W (R, C), the rows of all tiles, into `written` (R, C). With `stats`, returns
+        measurements, on the device, so that nobody waits."""
+        bound = self._bound(tiles, operations)
+        found: list[Measured] = []
+        whole = bound[0].deltas if len(bound) == 1 else None
+        if stats and whole:
+            found.append(Measured(tiles[0].index, delta=whole.squared_norm()))
+        origin = tiles[0].rows[0]
+        for tile in tiles:
+            rows = slice(tile.rows[0] - origin, tile.rows[1] - origin)
+            old, new = (weight, written) if len(tiles) == 1 else (weight[rows], written[rows])
+            touching = [(op, region) for op in bound if (region := overlap(op.operation, tile))]
+            if not touching and weight.dtype == written.dtype:
+                new.copy_(old)
+                continue
+            sample = tile.index % SAMPLE_EVERY == 0
+            value, delta = self._values(old, tile, touching)
+            new.copy_(value)
+            if stats and touching and (sample or not whole):
+                delta = value.sub_(old) if delta is None else delta
+                parts = (old, delta, self._work.take("written", old.shape).copy_(new))
+                found.append(measured(tile.index, parts, norm=not whole, sample=sample))
+        return found
+
+    def _bound(self, tiles: Sequence[Tile], operations: Sequence[Numbered]) -> list[Bound]:
+        """The operations that meet the tiles, their factors read for all of them."""
+        first, last = tiles[0], tiles[-1]
+        every = Tile(first.index, first.matrix, (first.rows[0], last.rows[1]), first.cols, first.start, last.end)
+        bound = []
+        for number, operation in operations:
+            if region := overlap(operation, every):
+                formula = FORMULAS[operation.formula]
+                deltas = formula.deltas(operation, region, self._factors) if formula.additive else None
+                bound.append(Bound(number, operation, deltas))
+        return bound
+
+    def _values(
+        self, weight: Tensor, tile: Tile, operations: Sequence[tuple[Bound, Region]]
     ) -> tuple[Tensor, Tensor | None]:
-        """The new values in float64, and the summed delta where all operations were additive."""
+        """The new values of one tile, and the summed delta where all operations were additive; good until the next."""
         value: Tensor | None = None
         delta: Tensor | None = None
-        additive = all(FORMULAS[operation.formula].additive for _, operation, _ in operations)
-        for number, operation, region in operations:
-            formula = FORMULAS[operation.formula]
-            at = window(operation, tile, region)
-            if formula.additive:
-                delta = _accumulate(delta, formula.delta(operation, region, self._factors), at, weight)
+        for bound, region in operations:
+            if bound.deltas:
+                delta = self._accumulated(delta, bound, region, tile, weight.shape)
                 continue
-            value, delta = _added(weight if value is None else value, delta), None
-            state = self._state(number, operation, tile)
-            value[at] = formula.apply(operation, region, value[at], state, self._factors)
-        return _added(weight if value is None else value, delta), delta if additive else None
+            value, delta = self._added(weight if value is None else value, delta), None
+            at = window(bound.operation, tile, region)
+            state = self._state(bound.number, bound.operation, tile)
+            formula = FORMULAS[bound.operation.formula]
+            value[at] = formula.apply(bound.operation, region, value[at], state, self._factors)
+        return self._added(weight if value is None else value, delta), delta if value is None else None
+
+    def _accumulated(
+        self, total: Tensor | None, bound: Bound, region: Region, tile: Tile, shape: Sequence[int]
+    ) -> Tensor:
+        """The sum of deltas so far, over the whole tile."""
+        assert bound.deltas
+        if total is None and region.shape == shape:
+            return bound.deltas.into(self._work.take("delta", shape), region.rows)
+        if total is None:
+            total = self._work.take("delta", shape).zero_()
+        delta = bound.deltas.into(self._work.take("one of several deltas", region.shape), region.rows)
+        total[window(bound.operation, tile, region)] += delta
+        return total
+
+    def _added(self, value: Tensor, delta: Tensor | None) -> Tensor:
+        """W + D in the arithmetic's dtype; widened first, since torch adds mixed dtypes at half the speed."""
+        kept = self._work.take("value", value.shape)
+        if value is not kept:
+            kept.copy_(value)
+        return kept if delta is None else kept.add_(delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An operation with its number and, if it is additive, what makes its deltas."""
+
+    number: int
+    operation: Operation
+    deltas: Deltas | None
 
 
 def window(operation: Operation, tile: Tile, region: Region) -> Window:
@@ -92,53 +182,29 @@ def _lines(lines: Lines, positions: tuple[int, int], origin: int) -> slice | Ten
     return torch.cat([torch.arange(length) * lines.step + (line - origin) for line, length in runs])
 
 
-def _accumulate(total: Tensor | None, delta: Tensor, at: Window, weight: Tensor) -> Tensor:
-    """The sum of deltas so far, over the whole tile."""
-    import torch
-
-    if total is None:
-        if delta.shape == weight.shape:
-            return delta
-        total = torch.zeros(weight.shape, dtype=torch.float64)
-    total[at] += delta
-    return total
-
-
-def _added(weight: Tensor, delta: Tensor | None) -> Tensor:
-    """W + D in float64, in memory of its own."""
-    import torch
-
-    value = weight.to(torch.float64, copy=True)  # widened first: torch adds mixed dtypes at a third of the speed
-    return value if delta is None else value.add_(delta)
-
-
-def rounded(value: Tensor, dtype: str) -> Tensor:
-    """`value` in the output's dtype, by way of float32."""
-    import torch
-
-    target = torch_dtype(dtype)
-    if target == torch.float64:
-        return value.to(torch.float64)
-    return value.to(torch.float32).to(target)
-
-
-def measure(weight: Tensor, value: Tensor, delta: Tensor | None, written: Tensor, *, sample: bool) -> TileStats:
-    """The tile's share of the norm of the delta, and of how much of it survived rounding, where that is sampled."""
-    import torch
-
-    if delta is None:
-        delta = value - weight
+def measured(tile: int, parts: tuple[Tensor, Tensor, Tensor], *, norm: bool, sample: bool) -> Measured:
+    """What a tile's W, delta and written values say, the last two in the arithmetic's dtype: with `norm` how large the
+    delta is, with `sample` how much of it was kept. An element where W itself is not finite says nothing of the delta;
+    who finds a NaN here leaves it out. The written values are used up."""
+    weight, delta, written = parts
     squared = _dot(delta, delta)
-    survived = _dot(delta, written.to(torch.float64).sub_(weight)) if sample else 0.0
-    known = torch.isfinite(weight) if not math.isfinite(squared + survived) else None
-    if known is not None and not bool(known.all()):
-        # W itself is not finite somewhere: such an element says nothing of the delta.
-        weight, delta, written = (torch.where(known, part, 0.0) for part in (weight, delta, written))
-        return measure(weight, value, delta, written, sample=sample)
-    return TileStats(squared, squared, survived) if sample else TileStats(squared)
+    survived = _dot(delta, written.sub_(weight)) if sample else 0.0
+    return Measured(tile, squared if norm else 0.0, squared if sample else 0.0, survived)
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
+def _dot(a: Tensor, b: Tensor) -> Tensor:
     import torch
 
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+    return torch.dot(a.view(-1), b.view(-1))
+
+
+def all_finite(data: memoryview, dtype: str) -> bool:
+    """Whether no value is infinite or NaN, by looking at the bits as whole numbers: both signs' largest exponents are
+    the largest numbers of one of two readings."""
+    import numpy as np
+
+    width = itemsize(dtype)
+    limit = INFINITY_BITS[dtype]
+    signed, unsigned = np.frombuffer(data, f"i{width}"), np.frombuffer(data, f"u{width}")
+    sign = 1 << (8 * width - 1)
+    return not len(signed) or (int(signed.max()) < limit and int(unsigned.max()) < sign + limit)

@@ -161,7 +161,11 @@ class InputReadError(InputError, OSError):
         return f"cannot {self.operation} `{printable(self.path)}`: {printable(self.reason)}"
 
     def hint(self) -> str:
-        return "`--read pread` reads without a mapping" if self.operation == "map" else ""
+        other = {
+            "map": "`--read pread` reads without a mapping",
+            "read past the page cache": "`--read auto` reads through it",
+        }
+        return other.get(self.operation, "")
 
 
 @dataclass(eq=False)

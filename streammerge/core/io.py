@@ -11,8 +11,8 @@ import contextlib
 import errno
 import mmap
 import os
-import re
 import stat
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,18 +24,16 @@ from streammerge.core.errors import InputMissingError, InputReadError, StreamMer
 PAGE = mmap.PAGESIZE
 FAULT_AROUND = 2**16
 """Bytes that Linux maps at once, aligned, when one page of a file is touched (fault_around_bytes)."""
-NETWORK_FILE_SYSTEMS = frozenset(
-    {0x6969, 0xFF534D42, 0x517B, 0xFE534D42, 0x0BD00BD0, 0x47504653, 0x65735546, 0x19830326, 0x01021997, 0x00C36400}
-)
-"""statfs magic numbers of NFS, CIFS, SMB, SMB2, Lustre, GPFS, FUSE, BeeGFS, 9P and Ceph: a file there can shrink under
-a mapping, which kills the process."""
-_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
-"""Below `CACHE/blobs`, where huggingface_hub 2 keeps files that several repositories share."""
+ALIGNMENT = 4096
+"""Offset, length and address of a direct read or write are multiples of this: enough for every disk in common use."""
+_CLONE_RANGE = 0x4020940D
+"""ioctl FICLONERANGE: two files share blocks from now on."""
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _reading(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
+def reading(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
+    """What the system refuses of an input, as InputMissingError or InputReadError."""
     try:
         yield
     except StreamMergeError:
@@ -58,20 +56,35 @@ class FileState:
 
 def state_of(fd: int, path: str) -> FileState:
     """The state of an open input."""
-    with _reading(path, "stat"):
+    with reading(path, "stat"):
         found = os.fstat(fd)
     return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 
 def open_input(path: str | os.PathLike[str]) -> int:
     """A read-only descriptor of a regular file; a FIFO or device is refused without waiting for it."""
-    with _reading(path, "open"):
+    with reading(path, "open"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
         raise UnsafeInputError(str(path), "not a regular file")
     return fd
+
+
+def open_direct(path: str) -> int | None:
+    """A second descriptor of an open input that reads past the page cache; None where the file system cannot."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise InputReadError(path, "open", error.strerror or str(error)) from error
+
+
+def aligned_buffer(size: int) -> memoryview:
+    """New memory that direct reads and writes may use, of at least `size` bytes and a multiple of ALIGNMENT."""
+    return memoryview(mmap.mmap(-1, max(1, -(-size // ALIGNMENT)) * ALIGNMENT))
 
 
 def read_at(fd: int, path: str, offset: int, size: int) -> bytearray:
@@ -84,12 +97,36 @@ def read_at(fd: int, path: str, offset: int, size: int) -> bytearray:
 def read_into(fd: int, path: str, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset`."""
     done = 0
-    with _reading(path, "read"):
+    with reading(path, "read"):
         while done < len(buffer):
             count = os.preadv(fd, [buffer[done:]], offset + done)
             if count == 0:
                 raise InputReadError(str(path), "read", f"the file ends at byte {offset + done:,}; did it change?")
             done += count
+
+
+def read_direct(fd: int, path: str, offset: int, buffer: memoryview, least: int) -> None:
+    """Read into an aligned buffer past the page cache; the file may end after `least` bytes, and not before."""
+    done = 0
+    with reading(path, "read"):
+        while done < least:
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise InputReadError(path, "read", f"the file ends at byte {offset + done:,}; did it change?")
+            done += count
+            if done < least and done % ALIGNMENT:
+                raise InputReadError(path, "read", f"only {done:,} of {least:,} bytes came; did the file change?")
+
+
+def cache(fd: int, path: str, offset: int, size: int) -> int:
+    """Read up to `size` bytes into the page cache and no further; how many, 0 at the end of the file. Python's lock is
+    not held meanwhile, however long it takes."""
+    with reading(path, "read ahead"):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return os.sendfile(nowhere, fd, offset, size)
+        finally:
+            os.close(nowhere)
 
 
 def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -107,7 +144,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
 @contextlib.contextmanager
 def input_stream(fd: int, path: str) -> Iterator[BinaryIO]:
     """A file object over an open input, for the standard library's readers; the descriptor stays open."""
-    with _reading(path, "read"), os.fdopen(fd, "rb", closefd=False) as stream:
+    with reading(path, "read"), os.fdopen(fd, "rb", closefd=False) as stream:
         yield stream
 
 
@@ -122,7 +159,7 @@ def read_text_or_none(path: str) -> str | None:
 def map_input(fd: int, path: str, size: int) -> mmap.mmap:
     """A private mapping of the first `size` bytes. Copy-on-write, so that libraries which insist on writable memory
     take it; nobody writes to it, and the file could not be reached if they did."""
-    with _reading(path, "map"):
+    with reading(path, "map"):
         return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
@@ -154,13 +191,13 @@ def is_dir(path: str | os.PathLike[str]) -> bool:
 
 def size_of(path: str | os.PathLike[str]) -> int:
     """Bytes of a file."""
-    with _reading(path, "stat"):
+    with reading(path, "stat"):
         return os.stat(path).st_size
 
 
 def list_dir(path: str | os.PathLike[str]) -> list[str]:
     """Names of the entries of a directory, sorted."""
-    with _reading(path, "list"):
+    with reading(path, "list"):
         return sorted(os.listdir(path))
 
 
@@ -169,7 +206,7 @@ def list_tree(root: str | os.PathLike[str]) -> list[str]:
     listed as entries and not entered."""
     found: list[str] = []
     pending = [""]
-    with _reading(root, "list"):
+    with reading(root, "list"):
         while pending:
             folder = pending.pop()
             with os.scandir(os.path.join(root, folder)) as entries:
@@ -180,46 +217,6 @@ def list_tree(root: str | os.PathLike[str]) -> list[str]:
                     else:
                         found.append(name)
     return sorted(found)
-
-
-def resolve_inside(root: str | os.PathLike[str], name: str) -> str:
-    """The real path of `name` below `root`. Links are followed inside `root`, and from a snapshot of the Hub cache to
-    the blobs of the same repository or the cache's shared Xet blobs; any other link is an UnsafeInputError."""
-    path = os.path.join(root, name)
-    with _reading(path, "resolve"):
-        home = os.path.realpath(root, strict=True)
-        target = os.path.realpath(path, strict=True)
-    if not Path(target).is_relative_to(home) and not _is_blob_of(home, target):
-        raise UnsafeInputError(path, f"a link that leads out of the checkpoint, to `{target}`")
-    return target
-
-
-def _is_blob_of(home: str, target: str) -> bool:
-    """Whether `home` is (in) `CACHE/models--*/snapshots/*` and `target` a blob that the Hub client links there."""
-    for folder in Path(home).parents:
-        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
-            shared = os.path.relpath(target, folder.parent.parent / "blobs")
-            return Path(target).parent == folder.parent / "blobs" or _SHARED_BLOB.fullmatch(shared) is not None
-    return False
-
-
-def is_on_network(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` lies on a file system of NETWORK_FILE_SYSTEMS."""
-    kind = _file_system_type(os.fspath(path))
-    return kind is not None and kind in NETWORK_FILE_SYSTEMS
-
-
-def _file_system_type(path: str) -> int | None:
-    import ctypes
-
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        buffer = ctypes.create_string_buffer(256)
-        if libc.statfs(os.fsencode(path), buffer) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFFFFFF
 
 
 # --- the output -----------------------------------------------------------------------------------------------------
@@ -237,10 +234,34 @@ def make_dirs(path: str | os.PathLike[str]) -> None:
         os.makedirs(path, exist_ok=True)
 
 
-def create(path: str | os.PathLike[str]) -> int:
-    """A write descriptor of a new file with mode 0666 & ~umask; an existing path is never opened for writing."""
+def create(path: str | os.PathLike[str], *, direct: bool = False) -> int:
+    """A write descriptor of a new file with mode 0666 & ~umask, past the page cache if asked for; an existing path is
+    never opened for writing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
     with _writing(path, "create"):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        return os.open(path, flags, 0o666)
+
+
+def takes_direct_writes(folder: str | os.PathLike[str]) -> bool:
+    """Whether files in `folder` can be written past the page cache; found out by doing it."""
+    probe = os.path.join(folder, f"probe.{os.getpid()}.tmp")
+    remove(probe)
+    try:
+        fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT, 0o666)
+    except OSError as error:
+        remove(probe)  # some file systems create the file before they refuse the flag
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise WriteError(probe, "create", error.strerror or str(error)) from error
+    try:
+        return os.pwrite(fd, aligned_buffer(ALIGNMENT), 0) == ALIGNMENT
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise WriteError(probe, "write", error.strerror or str(error)) from error
+    finally:
+        os.close(fd)
+        remove(probe)
 
 
 def allocate(fd: int, path: str, size: int) -> None:
@@ -248,20 +269,51 @@ def allocate(fd: int, path: str, size: int) -> None:
     if size == 0:
         return
     try:
-        os.posix_fallocate(fd, 0, size)
+        _fallocate(fd, size)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             return
         raise WriteError(str(path), "reserve space for", error.strerror or str(error)) from error
 
 
-def write_at(fd: int, path: str, offset: int, data: memoryview | bytes | bytearray) -> None:
-    """Write all of `data` at `offset`."""
+def _fallocate(fd: int, size: int) -> None:
+    """The system call itself: posix_fallocate of the C library writes to every block where the file system cannot."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def truncate(fd: int, path: str, size: int) -> None:
+    """Cut a file to its exact size: what was written directly ends on a multiple of ALIGNMENT."""
+    with _writing(path, "truncate"):
+        os.ftruncate(fd, size)
+
+
+def clone(source: int, source_offset: int, target: int, offset: int, size: int) -> bool:
+    """Let a range of one file share the blocks of another's; False where the file system or the ranges do not allow
+    it, and nothing was done."""
+    import fcntl
+
+    request = struct.pack("qQQQ", source, source_offset, size, offset)
+    try:
+        fcntl.ioctl(target, _CLONE_RANGE, request)
+    except OSError:
+        return False
+    return True
+
+
+def write_at(fd: int, path: str, offset: int, data: memoryview | bytes | bytearray, *, direct: bool = False) -> None:
+    """Write all of `data` at `offset`. After a short direct write, what follows begins at a multiple of ALIGNMENT."""
     view = memoryview(data).cast("B")
     done = 0
     with _writing(path, "write"):
         while done < len(view):
-            done += os.pwrite(fd, view[done:], offset + done)
+            count = os.pwrite(fd, view[done:], offset + done)
+            done += count // ALIGNMENT * ALIGNMENT if direct else count
+            if count < (ALIGNMENT if direct else 1):
+                raise OSError(errno.EIO, f"only {count:,} of {len(view) - done:,} bytes were taken")
 
 
 def sync_file(fd: int, path: str) -> None:
@@ -272,9 +324,8 @@ def sync_file(fd: int, path: str) -> None:
 
 def drop_cached(fd: int, offset: int, size: int) -> None:
     """Start writing bytes back to the disk, and drop from the page cache what is already there; best effort."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

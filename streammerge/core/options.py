@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from streammerge.core import machine
 from streammerge.core.errors import UsageError
 from streammerge.core.text import parse_size, printable, some_of
 
@@ -53,7 +53,24 @@ class Options:
         metavar="SIZE",
         bytes_too=False,
     )
-    read: str = _option("auto", "how the base is read", choices=("auto", "mmap", "pread"), bytes_too=False)
+    read: str = _option(
+        "auto",
+        "how the base is read: mapped, by system calls, or by those past the page cache",
+        choices=("auto", "mmap", "pread", "direct"),
+        bytes_too=False,
+    )
+    io: str = _option(
+        "auto",
+        "how weights are written: past the page cache, or through it",
+        choices=("auto", "direct", "buffered"),
+        bytes_too=False,
+    )
+    accumulate: str = _option(
+        "float64",
+        "precision of the arithmetic; float32 is for very high ranks, and its bytes depend on the machine",
+        choices=("float64", "float32"),
+    )
+    sha256: bool = _option(False, "record the SHA-256 of every file too, as the Hub and sha256sum have it")
     overwrite: bool = _option(False, "replace an output that carries our marker", bytes_too=False)
     allow_unused: tuple[str, ...] = _option(
         (), "adapter keys that may be left over (repeatable); recorded", metavar="GLOB"
@@ -126,28 +143,8 @@ class Options:
 
     def worker_count(self) -> int:
         """The workers asked for, or one for each core this process may use."""
-        return self.workers or available_cores()
+        return self.workers or machine.available_cores()
 
     def byte_options(self) -> dict[str, Any]:
         """Those options that change what is written."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["bytes"]}
-
-
-def available_cores() -> int:
-    """Cores by CPU affinity and by the cgroup's CPU quota, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _cgroup_cores() or cores))
-
-
-def _cgroup_cores() -> int | None:
-    """Whole cores of the CPU quota of cgroup v2 or v1, None where there is no quota."""
-    from streammerge.core import io  # only here: options are otherwise free of I/O
-
-    quota = io.read_text_or_none("/sys/fs/cgroup/cpu.max")
-    if quota is None:
-        parts = [io.read_text_or_none(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us") for part in ("quota", "period")]
-        quota = " ".join(part.strip() for part in parts if part)
-    match quota.split():
-        case [limit, period] if limit.isdigit() and period.isdigit() and int(period):
-            return max(1, int(limit) // int(period))
-    return None

@@ -17,6 +17,7 @@ from streammerge.core.tensors import FactorView, Operation, Place
 from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -43,19 +44,33 @@ class Region:
 
 
 class Factors(Protocol):
-    """Hands out factors as float64 tensors."""
+    """Hands out factors as tensors of the arithmetic's dtype, float64 unless asked otherwise."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That dtype."""
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         """Rows and columns of a matrix factor."""
 
-    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
-        """The same, remembered for the next tile; for factors that neighbouring tiles share."""
+    def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int], times: float = 1.0) -> Tensor:
+        """The same `times` a number, remembered for the next tile; for factors that neighbouring tiles share."""
 
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor."""
 
 
 CutOperation = tuple[Place, Mapping[str, FactorView]]
+
+
+class Deltas(Protocol):
+    """Makes the deltas of rows of one region, its factors read once for all of them."""
+
+    def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
+        """The delta of rows [first, last) of the place, written into `out` (T, C) and returned."""
+
+    def squared_norm(self) -> Tensor:
+        """The squared Frobenius norm of the whole region's delta, on the device."""
 
 
 class Formula(Protocol):
@@ -83,8 +98,9 @@ class Formula(Protocol):
     def state_memory(self, operation: Operation) -> int:
         """Bytes needed once while `prepare` works on the place, over what tiles need."""
 
-    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
-        """Additive formulas: the float64 delta of a region, (T, C)."""
+    def deltas(self, operation: Operation, region: Region, factors: Factors) -> Deltas:
+        """Additive formulas: what makes the deltas of some rows of a region, a few tiles of which lie below each other.
+        Factors are read here, once for all of them."""
 
     def reduce(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
         """Formulas of locality ROW or COLUMN: this tile's share of the statistic over the rows or columns; shares are
@@ -140,7 +156,7 @@ class AbsoluteFormula:
         """None, unless a formula says otherwise."""
         return 0
 
-    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
+    def deltas(self, operation: Operation, region: Region, factors: Factors) -> Deltas:
         """Never called: the effect is not a sum."""
         raise TypeError(f"{type(self).__name__} has no delta")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.core.tensors import Operation
 from streammerge.methods.base import AbsoluteFormula, CutOperation, Factors, Locality, Region, refuse_part
-from streammerge.methods.lowrank import FLOAT64, cut_product, factor_memory, product
+from streammerge.methods.lowrank import FLOAT64, ScaledProducts, cut_product, factor_memory
 from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
@@ -54,5 +54,5 @@ class Dora(AbsoluteFormula):
         return directed_TC.mul_((magnitude[slice(*region.rows)] / state.sqrt())[:, None])
 
     def _directed(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
-        delta_TC = product(operation, region, factors).mul_(operation.numbers["scaling"])
-        return delta_TC.add_(weight)
+        directed_TC = weight.new_empty(region.shape, dtype=factors.dtype)
+        return ScaledProducts(operation, region, factors).into(directed_TC, region.rows).add_(weight)

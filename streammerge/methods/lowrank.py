@@ -1,44 +1,77 @@
 """The product of two factors: `W + scaling * B @ A` (LoRA, Hu et al. 2021, arXiv:2106.09685), and a vector delta.
 
-Arithmetic version 1: `S = left @ right` in float64, then `D = S * scaling` in float64, never folded into a factor
-first: a scaling that is no power of two would make exact sums inexact. In stored orientation `left` is B and `right`
+Arithmetic version 1: `S = left @ right` in float64, then `D = S * scaling` in float64; only a power of two is folded
+into a factor first: any other scaling would make exact sums inexact. In stored orientation `left` is B and `right`
 is A, or `left` is A transposed and `right` B transposed where the module's weight is stored (in, out).
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from streammerge.core.tensors import Operation
-from streammerge.methods.base import AdditiveFormula, CutOperation, Factors, Region, refuse_part
+from streammerge.methods.base import AdditiveFormula, CutOperation, Deltas, Factors, Region, refuse_part
 from streammerge.names.pieces import Cut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT64 = 8
+PIECE_ELEMENTS = 2**21
+"""Elements of the base that are worked on with one reading of the factors, at most."""
+SAFE_EXPONENT = 64
+"""Powers of two up to this, and down to its inverse, cannot overflow or underflow in a product of adapter values."""
 
 
-def product(operation: Operation, region: Region, factors: Factors) -> Tensor:
-    """`left[rows] @ right[:, cols]` in float64, (T, C), never as a product of one row or one column: BLAS takes
-    another path there, with other bits."""
-    import torch
+class ScaledProducts:
+    """Makes `(left[rows] @ right[:, cols]) * scaling` for rows of a region.
 
-    rank = operation.factors["left"].shape[1]
-    left_TK = factors.part(operation.factors["left"], region.rows, (0, rank))
-    right_KC = factors.kept(operation.factors["right"], (0, rank), region.cols)
-    rows, cols = region.shape
-    if rows > 1 and cols > 1:
-        return left_TK @ right_KC
-    left_TK = torch.nn.functional.pad(left_TK, (0, 0, 0, int(rows == 1)))
-    right_KC = torch.nn.functional.pad(right_KC, (0, int(cols == 1)))
-    return (left_TK @ right_KC)[:rows, :cols]
+    A scaling that is a power of two goes into `right`, where it changes the exponents of all sums alike and no bit of
+    them; alpha over rank mostly is one, and a pass over the tile is saved. The product is never one of a single row or
+    column: BLAS takes another path there, with other bits.
+    """
+
+    def __init__(self, operation: Operation, region: Region, factors: Factors) -> None:
+        rank = operation.factors["left"].shape[1]
+        scaling = operation.numbers["scaling"]
+        folded = scaling if _is_power_of_two(scaling) else 1.0
+        self._scaling = scaling / folded
+        self._origin = region.rows[0]
+        self._left_TK = factors.part(operation.factors["left"], region.rows, (0, rank))
+        self._right_KC = factors.kept(operation.factors["right"], (0, rank), region.cols, folded)
+
+    def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
+        """The delta of rows [first, last) of the place."""
+        import torch
+
+        left_TK, right_KC = self._left_TK[rows[0] - self._origin : rows[1] - self._origin], self._right_KC
+        if len(left_TK) > 1 and right_KC.shape[1] > 1:
+            torch.mm(left_TK, right_KC, out=out)
+        else:
+            left_TK = torch.nn.functional.pad(left_TK, (0, 0, 0, int(len(left_TK) == 1)))
+            right_KC = torch.nn.functional.pad(right_KC, (0, int(right_KC.shape[1] == 1)))
+            out.copy_((left_TK @ right_KC)[: out.shape[0], : out.shape[1]])
+        return out if self._scaling == 1.0 else out.mul_(self._scaling)
+
+    def squared_norm(self) -> Tensor:
+        """From the factors alone: `||L R||^2 = sum((L.T L) * (R R.T))`, far fewer operations than the product has."""
+        grams = (self._left_TK.T @ self._left_TK).mul_(self._right_KC @ self._right_KC.T)
+        return grams.sum().clamp_(min=0).mul_(self._scaling * self._scaling)
+
+
+def _is_power_of_two(number: float) -> bool:
+    """Whether a number is one that a factor can be multiplied with exactly: sums of float64 have exponents to spare."""
+    mantissa, exponent = math.frexp(number)
+    return abs(mantissa) == 0.5 and abs(exponent) < SAFE_EXPONENT
 
 
 def factor_memory(operation: Operation, tile: tuple[int, int]) -> int:
-    """Bytes of both factors of one tile in float64, the kept one with the copy made while it is read."""
+    """Bytes of both factors in float64, for as many tiles as lie in a piece of the base: rows of the one, and the kept
+    other with the copy made while it is read."""
     rank = operation.factors["left"].shape[1]
-    return FLOAT64 * rank * (2 * tile[0] + 2 * tile[1])
+    rows = max(tile[0], PIECE_ELEMENTS // max(1, tile[1]))
+    return 2 * FLOAT64 * rank * (min(rows, operation.factors["left"].shape[0]) + tile[1])
 
 
 def cut_product(operation: Operation, cut: Cut) -> CutOperation:
@@ -62,9 +95,24 @@ class LowRank(AdditiveFormula):
         """Both factors of the tile."""
         return factor_memory(operation, tile)
 
-    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
-        """`S * scaling`, float64 (T, C)."""
-        return product(operation, region, factors).mul_(operation.numbers["scaling"])
+    def deltas(self, operation: Operation, region: Region, factors: Factors) -> Deltas:
+        """`S * scaling`, (T, C)."""
+        return ScaledProducts(operation, region, factors)
+
+
+class VectorRows:
+    """Hands out a vector (R) as the delta of a column."""
+
+    def __init__(self, vector: Tensor, region: Region) -> None:
+        self._vector, self._region = vector, region
+
+    def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
+        """Rows [first, last) of it, (T, 1)."""
+        return out.copy_(self._vector[slice(*rows), None])
+
+    def squared_norm(self) -> Tensor:
+        """The sum of squares of the region's rows."""
+        return self._vector[slice(*self._region.rows)].square().sum()
 
 
 class VectorDelta(AdditiveFormula):
@@ -82,7 +130,7 @@ class VectorDelta(AdditiveFormula):
         """The vector, converted."""
         return 2 * FLOAT64 * operation.factors["delta"].shape[0]
 
-    def delta(self, operation: Operation, region: Region, factors: Factors) -> Tensor:
-        """`d * scaling`, float64 (T, 1)."""
-        start, stop = region.rows
-        return factors.vector(operation.factors["delta"])[start:stop, None] * operation.numbers["scaling"]
+    def deltas(self, operation: Operation, region: Region, factors: Factors) -> Deltas:
+        """`d * scaling`, (T, 1)."""
+        vector = factors.vector(operation.factors["delta"]) * operation.numbers["scaling"]
+        return VectorRows(vector, region)

@@ -17,10 +17,21 @@ from streammerge.planning.model import Figures, OutputShard
 from streammerge.planning.tiles import grid_of
 
 PIECE = 4 * 2**20
-"""Bytes of an untouched tensor that a worker handles at a time."""
-FLOAT64, FLOAT32 = 8, 4
+"""Bytes of output that are made, digested and written at a time, and bytes of the base that are read at a time."""
+READ_BUFFERS = 2
+"""Pieces of the base that a worker holds: the one it works on, and one that it copies."""
+WRITERS = 2
+"""Threads that write."""
+FLOAT64 = 8
 TILE_COPIES = 4
-"""float64 copies of a tile alive at once: the product, the delta kept for the report, W widened, the change made."""
+"""Copies of a tile alive at once, in the arithmetic's dtype: the delta, one of several deltas, W widened, the change
+that is measured."""
+
+
+def buffer_count(workers: int) -> int:
+    """Pieces of output that are under way at a time: one that each worker fills, and as many that wait or are written
+    as keep the disk busy meanwhile."""
+    return 2 * workers + WRITERS
 
 
 def figures(
@@ -33,25 +44,27 @@ def figures(
     converts = options.dtype != "auto"
     tile, tile_of = max((_tile_memory(output, converts), name) for name, output in outputs.items())
     state, state_of = max((_state_memory(output), name) for name, output in outputs.items())
-    each = PIECE + tile
-    whole = each + state
+    shared = buffer_count(0) * PIECE + state
+    each = tile + (buffer_count(1) - buffer_count(0) + READ_BUFFERS) * PIECE
+    whole = each + shared
     if whole > options.memory:
         reason = f"for `{tile_of}`" if not state else f"the decomposition of `{state_of}` needs all of it in memory"
         raise BudgetError(needed=whole, granted=options.memory, because=reason)
-    workers = min(options.worker_count(), max(1, (options.memory - state) // each))
+    workers = min(options.worker_count(), max(1, (options.memory - shared) // each))
     return Figures(
-        workers, workers * each + state, sum(info.nbytes for info in stored), sum(shard.size for shard in shards)
+        workers, workers * each + shared, sum(info.nbytes for info in stored), sum(shard.size for shard in shards)
     )
 
 
 def _tile_memory(output: OutputTensor, converts: bool) -> int:
-    """Bytes one worker needs for a tile of this tensor; `converts` says that untouched floats get another dtype."""
+    """Bytes one worker needs for a tile of this tensor, and one that is cut; `converts` says that untouched floats get
+    another dtype."""
     grid = grid_of(output.shape, output.operations)
     rows, cols = grid.tile_shape
+    width = BITS[output.dtype] // 8
     if not output.operations:
-        converted = rows * cols * (FLOAT64 + FLOAT32 + BITS[output.dtype] // 8)
-        return max(2 * PIECE, converted if converts and output.dtype in FLOATS else 0)
-    own = rows * cols * (TILE_COPIES * FLOAT64 + FLOAT32 + BITS[output.dtype] // 8)
+        return rows * cols * (FLOAT64 + width) if converts and output.dtype in FLOATS else 0
+    own = rows * cols * (TILE_COPIES * FLOAT64 + width)
     per_matrix: dict[int, int] = {}
     for operation in output.operations:
         formula = FORMULAS[operation.formula]

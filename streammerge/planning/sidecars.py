@@ -11,7 +11,7 @@ import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.core import io, strict_json
+from streammerge.core import io, paths, strict_json
 from streammerge.core.errors import BaseMismatchError, CompositionError, UnsafeInputError
 from streammerge.core.text import SHOWN, some_of
 from streammerge.formats.filenames import (
@@ -76,7 +76,7 @@ def _base_files(
     names = io.list_tree(root)
     modules: frozenset[str] = frozenset()
     if MODULES in names:
-        path = io.resolve_inside(root, MODULES)
+        path = paths.resolve_inside(root, MODULES)
         modules = module_folders(io.read_file(path, strict_json.MAX_BYTES), path)
     kept = module_weights(names, modules)
     elsewhere = {*weight_files, CONFIG, SAFETENSORS_INDEX}
@@ -98,7 +98,7 @@ def _base_files(
 
 def _sidecar(root: str, name: str, origin: str) -> Sidecar:
     """The file, once it is known to be a readable regular file inside `root`."""
-    path = io.resolve_inside(root, name)
+    path = paths.resolve_inside(root, name)
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -44,7 +44,8 @@ class Adapter:
 
     def __init__(self, facts: AdapterFacts, mode: str) -> None:
         self.facts = facts
-        self.files = TensorFiles(facts.root, mode)
+        # A factor is read in small parts: each of them would be a whole page past the page cache.
+        self.files = TensorFiles(facts.root, "pread" if mode == "direct" else mode)
 
     def without(self, keys: Collection[str]) -> Adapter:
         """The adapter as if it did not have some of its tensors; both read from the same mappings."""

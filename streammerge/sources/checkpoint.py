@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.core import io, strict_json
+from streammerge.core import io, paths, strict_json
 from streammerge.core.errors import InputMissingError, MalformedInputError
 from streammerge.core.tensors import TensorInfo
 from streammerge.formats.index import WeightIndex, check_index, parse_index
@@ -120,7 +120,7 @@ def _read_shard(root: Path, file: str) -> Shard:
             "is named by the index and is not there",
             "fetch the missing shard, or the whole checkpoint again",
         )
-    io.resolve_inside(root, file)
+    paths.resolve_inside(root, file)
     if file.endswith(".safetensors"):
         header = read_header(path, file)
         end = max((info.start + info.nbytes for info in header.tensors), default=header.data_start)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.core import io
+from streammerge.core import io, paths
 from streammerge.core.errors import InputMissingError, InputReadError, UnsafeInputError, WriteError
 
 
@@ -123,17 +123,17 @@ def test_links_are_followed_inside_the_checkpoint_and_to_the_blobs_of_its_reposi
     (tmp_path / link).symlink_to(tmp_path / target)
     name = str(Path(link).relative_to(root))
     if inside:
-        assert io.resolve_inside(tmp_path / root, name) == str(tmp_path / target)
+        assert paths.resolve_inside(tmp_path / root, name) == str(tmp_path / target)
     else:
         with pytest.raises(UnsafeInputError, match="a link that leads out of the checkpoint"):
-            io.resolve_inside(tmp_path / root, name)
+            paths.resolve_inside(tmp_path / root, name)
 
 
 def test_a_path_of_its_own_that_leads_outside_is_refused_too(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "secret").touch()
     with pytest.raises(UnsafeInputError):
-        io.resolve_inside(tmp_path / "base", "../secret")
+        paths.resolve_inside(tmp_path / "base", "../secret")
 
 
 # --- the output -----------------------------------------------------------------------------------------------------
@@ -226,8 +226,8 @@ def test_a_new_small_file_is_written_whole_and_closed(tmp_path: Path) -> None:
 
 
 def test_network_file_systems_are_known_by_their_magic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not io.is_on_network(tmp_path)
-    monkeypatch.setattr(io, "_file_system_type", lambda path: 0x6969)
-    assert io.is_on_network(tmp_path)
-    monkeypatch.setattr(io, "_file_system_type", lambda path: None)
-    assert not io.is_on_network(tmp_path)
+    assert not paths.is_on_network(tmp_path)
+    monkeypatch.setattr(paths, "_file_system_type", lambda path: 0x6969)
+    assert paths.is_on_network(tmp_path)
+    monkeypatch.setattr(paths, "_file_system_type", lambda path: None)
+    assert not paths.is_on_network(tmp_path)

@@ -8,7 +8,8 @@ import pytest
 
 from streammerge.core import io
 from streammerge.core.errors import UsageError
-from streammerge.core.options import DEFAULT_MEMORY, Options, available_cores
+from streammerge.core.machine import available_cores
+from streammerge.core.options import DEFAULT_MEMORY, Options
 
 
 def test_the_defaults_keep_everything_as_it_is() -> None:

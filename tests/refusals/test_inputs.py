@@ -12,7 +12,7 @@ import pytest
 
 from streammerge import api
 from streammerge.core.errors import InputReadError
-from streammerge.execute import Event
+from streammerge.stream import Event
 from tests.refusals.making import (
     BASE_CONFIG,
     INDEX,

@@ -1,0 +1,77 @@
+"""Memory that output is made in and written from, and the threads that write it while more is made.
+
+A fixed number of aligned buffers goes round: leased by who fills one, committed to be written, free again when it is.
+Who wants one when all are under way waits for the disk; nothing else bounds how far the arithmetic runs ahead of it.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from streammerge.core import io
+from streammerge.planning.memory import PIECE, WRITERS
+from streammerge.sources.files import OpenFile
+
+Origin = tuple[OpenFile, int]
+"""A stored file and the offset in it at which the very bytes lie that are to be written."""
+
+
+class Sink(Protocol):
+    """Where pieces of output files go."""
+
+    def lease(self) -> memoryview:
+        """PIECE bytes of aligned memory. Raises what an earlier write failed with."""
+
+    def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
+        """Write the first `size` bytes of a leased buffer to output file `number`, sooner or later."""
+
+    def finish(self) -> None:
+        """Return when everything is written. Raises what a write failed with."""
+
+    def close(self) -> None:
+        """Let go of everything, finished or not."""
+
+
+class WriteBehind:
+    """Buffers, and the threads that do the writing."""
+
+    def __init__(self, buffers: int) -> None:
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        for _ in range(buffers):
+            self._free.put(io.aligned_buffer(PIECE))
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="streammerge-write")
+        self._failure: BaseException | None = None
+
+    def lease(self) -> memoryview:
+        """A free buffer, as soon as there is one; raises what an earlier write failed with."""
+        buffer = self._free.get()
+        if self._failure:
+            self._free.put(buffer)
+            raise self._failure
+        return buffer
+
+    def submit(self, buffer: memoryview, write: Callable[[], None]) -> None:
+        """Do `write` on another thread, and free the buffer afterwards."""
+        self._pool.submit(self._write, buffer, write)
+
+    def _write(self, buffer: memoryview, write: Callable[[], None]) -> None:
+        try:
+            if not self._failure:
+                write()
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._free.put(buffer)
+
+    def finish(self) -> None:
+        """Wait for every write; raises what one failed with."""
+        self._pool.shutdown(wait=True)
+        if self._failure:
+            raise self._failure
+
+    def close(self) -> None:
+        """Drop the writes that have not begun, and wait for those that have."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,53 @@
+"""SHA-256 of whole files, on a thread of its own: what the Hub and signatures go by, at what it costs.
+
+Blocks are made out of order, and this hash only knows one order: a file is read back when it is staged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from streammerge.core import io
+from streammerge.planning.memory import PIECE
+
+
+class FileHashes:
+    """The hashes of files below one directory, one file at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="streammerge-sha256")
+        self._found: dict[str, Future[str]] = {}
+        self._stop = threading.Event()
+
+    def add(self, name: str) -> None:
+        """Hash a finished file when its turn comes."""
+        self._found[name] = self._pool.submit(self._hash, str(self._root / name))
+
+    def results(self) -> dict[str, str]:
+        """All hashes in hexadecimal by name; raises InputReadError for a file that could not be read back."""
+        found = {name: future.result() for name, future in self._found.items()}
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Stop at the next piece."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _hash(self, path: str) -> str:
+        fd = io.open_input(path)
+        try:
+            size, digest, buffer = io.state_of(fd, path).size, hashlib.sha256(), io.aligned_buffer(PIECE)
+            for start in range(0, size, PIECE):
+                if self._stop.is_set():
+                    break
+                piece = buffer[: min(PIECE, size - start)]
+                io.read_into(fd, path, start, piece)
+                digest.update(piece)
+            return digest.hexdigest()
+        finally:
+            io.close(fd)
