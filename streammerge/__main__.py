@@ -1,7 +1,5 @@
 """`python -m streammerge`."""
 
-import sys
+from streammerge.cli import script
 
-from streammerge.cli import main
-
-sys.exit(main())
+script()

@@ -19,6 +19,7 @@ from streammerge.inspection import AdapterStatus, inspect_adapter
 from streammerge.planning.build import build_plan
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report
+from streammerge.sinks.directory import MARKER
 from streammerge.sources.adapter import Adapter, open_adapter
 from streammerge.sources.ahead import ReadAhead
 from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
@@ -54,9 +55,11 @@ def merge(
     """
     chosen = Options.of(options)
     with_bar = _progress(progress)
-    load_in_background()
+    begins = chosen.overwrite or not io.exists(Path(output) / MARKER)
+    if begins:
+        load_in_background()
     checkpoint = open_checkpoint(str(base), chosen.read)
-    with ReadAhead(checkpoint.files, [shard.file for shard in checkpoint.facts.shards]):
+    with ReadAhead(checkpoint.files, [shard.file for shard in checkpoint.facts.shards] if begins else []):
         inputs, plan = _prepare(checkpoint, adapters, weights, chosen)
         report = execute(plan, inputs, Path(output), chosen, with_bar)
         if not verify or report.status != "done":

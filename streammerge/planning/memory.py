@@ -18,8 +18,9 @@ from streammerge.planning.tiles import grid_of
 
 PIECE = 4 * 2**20
 """Bytes of output that are made, digested and written at a time, and bytes of the base that are read at a time."""
-READ_BUFFERS = 2
-"""Pieces of the base that a worker holds: the one it works on, and one that it copies."""
+READ_BUFFERS = {"direct": 3}
+"""Pieces of the base that a worker holds, by the way of reading: elsewhere one, which it works on; past the page cache
+also those that it copies from, untouched parts of tensors and whole ones."""
 WRITERS = 2
 """Threads that write."""
 FLOAT64 = 8
@@ -29,9 +30,9 @@ that is measured."""
 
 
 def buffer_count(workers: int) -> int:
-    """Pieces of output that are under way at a time: one that each worker fills, and as many that wait or are written
-    as keep the disk busy meanwhile."""
-    return 2 * workers + WRITERS
+    """Pieces of output that are under way at a time: one that each worker fills, and twice as many as are written at
+    once, so that the disk always has another."""
+    return workers + 2 * WRITERS
 
 
 def figures(
@@ -45,7 +46,7 @@ def figures(
     tile, tile_of = max((_tile_memory(output, converts), name) for name, output in outputs.items())
     state, state_of = max((_state_memory(output), name) for name, output in outputs.items())
     shared = buffer_count(0) * PIECE + state
-    each = tile + (buffer_count(1) - buffer_count(0) + READ_BUFFERS) * PIECE
+    each = tile + (buffer_count(1) - buffer_count(0) + READ_BUFFERS.get(options.read, 1)) * PIECE
     whole = each + shared
     if whole > options.memory:
         reason = f"for `{tile_of}`" if not state else f"the decomposition of `{state_of}` needs all of it in memory"

@@ -23,8 +23,10 @@ import sys
 from streammerge import api
 from streammerge.core.options import Options
 from streammerge.execute import fingerprint_of
+from streammerge.sources.checkpoint import open_checkpoint
 
-inputs, plan = api._prepare(sys.argv[1], [sys.argv[2]], None, Options.of({"read": sys.argv[3]}))
+checkpoint = open_checkpoint(sys.argv[1], sys.argv[3])
+inputs, plan = api._prepare(checkpoint, [sys.argv[2]], None, Options.of({"read": sys.argv[3]}))
 info = inputs.checkpoint.facts.tensors["x.weight"]
 assert not any(inputs.checkpoint.files.read(info, info.nbytes - 1000, info.nbytes))
 print(fingerprint_of(plan, inputs.checkpoint), inputs.checkpoint.files.mapped)

@@ -49,9 +49,9 @@ SLOW = """
 import sys, time
 from streammerge.core import io
 write = io.write_at
-def slowly(*arguments):
-    write(*arguments)
-    time.sleep(0.05)
+def slowly(*arguments, **named):
+    write(*arguments, **named)
+    time.sleep(0.5)
 io.write_at = slowly
 from streammerge.cli import main
 sys.exit(main(sys.argv[1:]))

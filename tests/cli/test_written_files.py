@@ -266,7 +266,7 @@ def test_nothing_of_ours_is_left_but_the_report_and_where_the_inputs_were(tmp_pa
 
 def test_the_output_does_not_depend_on_workers_budget_or_reading(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
-    merged(base, adapter, tmp_path / "one", "-j", "1", "--read", "pread", "--memory", "20MB")
+    merged(base, adapter, tmp_path / "one", "-j", "1", "--read", "pread", "--memory", "30MB")
     merged(base, adapter, tmp_path / "two", "-j", "4", "--read", "mmap", "--memory", "1GB", "--no-verify")
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())

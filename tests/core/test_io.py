@@ -150,7 +150,7 @@ def test_an_existing_path_is_never_opened_for_writing(tmp_path: Path) -> None:
 OPERATIONS: dict[str, tuple[str, Callable[[Path, int], object], str]] = {
     "mkdir": ("makedirs", lambda path, fd: io.make_dirs(path), "create the directory"),
     "open": ("open", lambda path, fd: io.create(path), "create"),
-    "fallocate": ("posix_fallocate", lambda path, fd: io.allocate(fd, str(path), 5), "reserve space for"),
+    "fallocate": ("fallocate", lambda path, fd: io.allocate(fd, str(path), 5), "reserve space for"),
     "write": ("pwrite", lambda path, fd: io.write_at(fd, str(path), 0, b"x"), "write"),
     "sync": ("fsync", lambda path, fd: io.sync_file(fd, str(path)), "sync"),
     "rename": ("replace", lambda path, fd: io.rename("source", path), "rename into"),
@@ -168,7 +168,7 @@ def test_a_failing_operation_names_itself_the_path_and_the_reason(
 ) -> None:
     call, act, word = OPERATIONS[operation]
     with (tmp_path / "open").open("w+b") as stream:
-        monkeypatch.setattr(os, call, raising(code))
+        monkeypatch.setattr(*((io, "_fallocate") if call == "fallocate" else (os, call)), raising(code))
         with pytest.raises(WriteError) as caught:
             act(tmp_path / "target", stream.fileno())
     assert str(caught.value) == f"cannot {word} `{tmp_path / 'target'}`: {os.strerror(code)}"

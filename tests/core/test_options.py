@@ -23,6 +23,8 @@ def test_the_defaults_keep_everything_as_it_is() -> None:
         "ignore_config_field": (),
         "expert_orientation": "auto",
         "expert_packing": "peft",
+        "accumulate": "float64",
+        "sha256": False,
     }
 
 

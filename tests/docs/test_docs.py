@@ -114,7 +114,7 @@ def test_the_rooms_in_architecture_are_in_the_order_that_is_enforced():
 
 
 def test_architecture_is_short():
-    assert len(text_of("ARCHITECTURE.md").splitlines()) <= 150
+    assert len(text_of("ARCHITECTURE.md").splitlines()) <= 180
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "CHANGELOG.md"])

@@ -7,9 +7,12 @@ import pytest
 from streammerge.core.errors import BudgetError
 from streammerge.core.options import Options
 from streammerge.core.tensors import FactorView, Operation, OutputTensor, Place, Stored, TensorInfo
-from streammerge.planning.memory import PIECE, figures
+from streammerge.planning.memory import PIECE, buffer_count, figures
 
 MB = 10**6
+SHARED = buffer_count(0) * PIECE
+COPYING = (buffer_count(1) + 1) * PIECE
+"""What one worker needs that only copies."""
 
 
 def tensor(
@@ -34,11 +37,12 @@ def needed(*tensors: OutputTensor, **options: object) -> int:
 
 def test_more_budget_is_more_workers_up_to_those_that_were_asked_for() -> None:
     one = tensor("w", (4096, 4096), rank=16)
-    each = needed(one)
-    for workers, budget in ((1, each), (1, 2 * each - 1), (2, 2 * each), (3, 3 * each + 5), (4, 100 * each)):
+    each = needed(one) - SHARED
+    for workers, more in ((1, each), (1, 2 * each - 1), (2, 2 * each), (3, 3 * each + 5), (4, 100 * each)):
+        budget = SHARED + more
         found = figures({"w": one}, [], [], Options(memory=budget, workers=4))
         assert found.workers == workers
-        assert found.memory == workers * each <= budget
+        assert found.memory == SHARED + workers * each <= budget
 
 
 def test_a_budget_one_byte_short_is_refused_with_what_is_needed_and_for_what() -> None:
@@ -54,7 +58,12 @@ def test_a_budget_one_byte_short_is_refused_with_what_is_needed_and_for_what() -
 
 def test_the_size_of_a_tensor_does_not_raise_the_need() -> None:
     assert needed(tensor("w", (2**13, 4096), rank=16)) == needed(tensor("w", (2**20, 4096), rank=16))
-    assert needed(tensor("w", (2**13, 4096))) == needed(tensor("w", (2**24, 4096))) == 3 * PIECE
+    assert needed(tensor("w", (2**13, 4096))) == needed(tensor("w", (2**24, 4096))) == COPYING
+
+
+def test_reading_past_the_page_cache_takes_memory_to_read_into() -> None:
+    one = tensor("w", (4096, 4096), rank=16)
+    assert needed(one, read="direct") == needed(one, read="mmap") + 2 * PIECE
 
 
 def test_rank_and_width_do_raise_it() -> None:
@@ -75,9 +84,9 @@ def test_a_decomposition_needs_its_whole_matrix_once_whatever_the_workers() -> N
 
 def test_a_wide_tensor_that_is_only_converted_is_counted() -> None:
     wide = tensor("w", (64, 2**20))
-    assert needed(wide) == 3 * PIECE
-    assert needed(wide, dtype="float32") >= PIECE + 8 * 2**20 * (8 + 4 + 2)
-    assert needed(tensor("w", (64, 2**20), dtype="I8"), dtype="float32") == 3 * PIECE
+    assert needed(wide) == COPYING
+    assert needed(wide, dtype="float32") >= COPYING + 8 * 2**20 * (8 + 2)
+    assert needed(tensor("w", (64, 2**20), dtype="I8"), dtype="float32") == COPYING
 
 
 def test_the_hint_names_a_budget_that_is_enough() -> None:

@@ -59,7 +59,8 @@ def disturbed(
     merged(base, adapter, tmp_path / "healthy")
     before = tree_digest(base)
     with monkeypatch.context() as patch:
-        patch.setattr(os, call_name, failing(getattr(os, call_name), code, when=when, at=at))
+        home = io if call_name == "_fallocate" else os
+        patch.setattr(home, call_name, failing(getattr(home, call_name), code, when=when, at=at))
         outcome = call("run", base, adapter, "-o", tmp_path / "out", "-j", 1)
     assert outcome.code == 7, outcome.err
     assert outcome.out == ""
@@ -75,10 +76,10 @@ FAILURES = {
     "no directory can be made": ("mkdir", errno.EACCES, always, 0, "cannot create the directory", "Permission denied"),
     "no file can be made": ("open", errno.EROFS, creating, 0, "cannot create `", "Read-only file system"),
     "a later file cannot be made": ("open", errno.EMFILE, creating, 2, "cannot create `", "Too many open files"),
-    "no space can be reserved": ("posix_fallocate", errno.ENOSPC, always, 0, "reserve space for", "No space left"),
+    "no space can be reserved": ("_fallocate", errno.ENOSPC, always, 0, "reserve space for", "No space left"),
     "the first write fails": ("pwrite", errno.EIO, always, 0, "cannot write `", "Input/output error"),
-    "a write in the middle fails": ("pwrite", errno.ENOSPC, always, 7, "cannot write `", "No space left on device"),
-    "a late write fails": ("pwrite", errno.EDQUOT, always, 19, "cannot write `", "quota"),
+    "a write in the middle fails": ("pwrite", errno.ENOSPC, always, 2, "cannot write `", "No space left on device"),
+    "a late write fails": ("pwrite", errno.EDQUOT, always, 8, "cannot write `", "quota"),
     "the first sync fails": ("fsync", errno.EIO, always, 0, "cannot sync `", "Input/output error"),
     "a shard's sync fails": ("fsync", errno.EIO, always, 3, "cannot sync `", "Input/output error"),
     "the first rename fails": ("replace", errno.EIO, always, 0, "cannot rename into `", "run.json"),
@@ -133,7 +134,7 @@ def test_a_file_system_that_cannot_reserve_space_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = inputs_at(tmp_path)
-    monkeypatch.setattr(os, "posix_fallocate", failing(os.posix_fallocate, errno.EOPNOTSUPP, when=always))
+    monkeypatch.setattr(io, "_fallocate", failing(io._fallocate, errno.EOPNOTSUPP, when=always))
     merged(base, adapter, tmp_path / "out")
 
 

@@ -27,13 +27,13 @@ def adapter(tmp_path):
 def sizes(adapter, monkeypatch):
     """The sizes of all reads from now on."""
     found = []
-    read_at = io.read_at
+    read_into = io.read_into
 
-    def counted(fd, path, offset, size):
-        found.append(size)
-        return read_at(fd, path, offset, size)
+    def counted(fd, path, offset, buffer):
+        found.append(len(buffer))
+        read_into(fd, path, offset, buffer)
 
-    monkeypatch.setattr(io, "read_at", counted)
+    monkeypatch.setattr(io, "read_into", counted)
     return found
 
 
