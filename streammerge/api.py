@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.compute.devices import device_of
-from streammerge.compute.loading import load_in_background
+from streammerge.compute.loading import load_in_background, wants_the_disk
 from streammerge.core import io
 from streammerge.core.errors import InputMissingError, UsageError
 from streammerge.core.options import Options
@@ -59,7 +59,8 @@ def merge(
     if begins:
         load_in_background()
     checkpoint = open_checkpoint(str(base), chosen.read)
-    with ReadAhead(checkpoint.files, [shard.file for shard in checkpoint.facts.shards] if begins else []):
+    files = [shard.file for shard in checkpoint.facts.shards] if begins else []
+    with ReadAhead(checkpoint.files, files, gently=wants_the_disk):
         inputs, plan = _prepare(checkpoint, adapters, weights, chosen)
         report = execute(plan, inputs, Path(output), chosen, with_bar)
         if not verify or report.status != "done":

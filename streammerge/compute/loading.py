@@ -5,26 +5,38 @@ as many threads as it had.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from streammerge.core import pages
+
 _loading: threading.Thread | None = None
+_from_disk = False
 _lock = threading.Lock()
 
 
 def load_in_background() -> None:
     """Begin to import torch in a thread of its own, unless somebody has done so: it takes longer than a plan."""
-    global _loading
+    global _loading, _from_disk
     with _lock:
         if _loading is None and "torch" not in sys.modules:
+            found = importlib.util.find_spec("torch")
+            _from_disk = found is not None and found.cached is not None and not pages.is_cached(found.cached)
             _loading = threading.Thread(target=_load, name="streammerge-torch", daemon=True)
             _loading.start()
 
 
 def _load() -> None:
     importlib.import_module("torch")
+
+
+def wants_the_disk() -> bool:
+    """Whether torch is being loaded from a disk and not from memory: thousands of small reads, each of which would wait
+    behind a large one."""
+    return _from_disk and not is_loaded()
 
 
 def is_loaded() -> bool:

@@ -118,17 +118,6 @@ def read_direct(fd: int, path: str, offset: int, buffer: memoryview, least: int)
                 raise InputReadError(path, "read", f"only {done:,} of {least:,} bytes came; did the file change?")
 
 
-def cache(fd: int, path: str, offset: int, size: int) -> int:
-    """Read up to `size` bytes into the page cache and no further; how many, 0 at the end of the file. Python's lock is
-    not held meanwhile, however long it takes."""
-    with reading(path, "read ahead"):
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            return os.sendfile(nowhere, fd, offset, size)
-        finally:
-            os.close(nowhere)
-
-
 def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
     """The whole of a small input; InputReadError if it has more than `limit` bytes."""
     fd = open_input(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streammerge.core.lines import Lines
@@ -90,6 +90,7 @@ class MergePlan:
     figures: Figures
     arithmetic: int = ARITHMETIC_VERSION
     version: int = PLAN_VERSION
+    _digest: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def operations(self) -> list[Operation]:
@@ -105,7 +106,12 @@ class MergePlan:
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan that can change a byte of the output. Norms are not in it: they follow from
-        the adapter's digest, and their last bits from the machine."""
+        the adapter's digest, and their last bits from the machine. Taken once: a large plan takes a second."""
+        if not self._digest:
+            self._digest.append(self._digested_now())
+        return self._digest[0]
+
+    def _digested_now(self) -> str:
         decisive = {name: value for name, value in self._around().items() if name not in ("figures", "notes")}
         decisive["sidecars"] = [(sidecar.name, sidecar.origin) for sidecar in self.sidecars]
         digest = hashlib.sha256(_digested(decisive))

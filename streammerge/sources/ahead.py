@@ -7,10 +7,11 @@ depends on it: what it does not reach in time is read when it is needed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from streammerge.core import io, machine
+from streammerge.core import io, machine, pages
 from streammerge.core.errors import StreamMergeError
 from streammerge.sources.files import TensorFiles
 
@@ -26,10 +27,16 @@ LOOK = 0.005
 
 class ReadAhead:
     """Reads `names` below the root of `files` ahead, within `with`. Files that are read past the page cache, or lie on
-    another machine, are left alone."""
+    another machine, are left alone. While `gently` says so, the disk is left to others half of the time."""
 
-    def __init__(self, files: TensorFiles, names: Sequence[str], window: int | None = None) -> None:
-        self._files, self._names = files, names
+    def __init__(
+        self,
+        files: TensorFiles,
+        names: Sequence[str],
+        window: int | None = None,
+        gently: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._files, self._names, self._gently = files, names, gently
         self._window = min(WINDOW, machine.room_for_pages()) if window is None else window
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="streammerge-ahead", daemon=True)
@@ -62,7 +69,10 @@ class ReadAhead:
             while at < size and self._wait(before + at):
                 # What the others have passed is in the page cache already.
                 at = max(at, min(self._files.used - before, size))
-                at += io.cache(fd, path, at, min(STEP, size - at)) or size
+                began = time.monotonic()
+                at += pages.cache(fd, path, at, min(STEP, size - at)) or size
+                if self._gently():
+                    self._stop.wait(time.monotonic() - began)
             return size
         finally:
             io.close(fd)
