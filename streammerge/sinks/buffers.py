@@ -7,6 +7,7 @@ Who wants one when all are under way waits for the disk; nothing else bounds how
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -36,7 +37,11 @@ class Sink(Protocol):
 
 
 class WriteBehind:
-    """Buffers, and the threads that do the writing."""
+    """Buffers, and the threads that do the writing.
+
+    Ends are waited for on a condition, not by joining threads: a join that a signal handler interrupts by an exception
+    takes the thread for finished (in Python 3.11), and what it writes afterwards would be left behind.
+    """
 
     def __init__(self, buffers: int) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -44,6 +49,9 @@ class WriteBehind:
             self._free.put(io.aligned_buffer(PIECE))
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="streammerge-write")
         self._failure: BaseException | None = None
+        self._closing = False
+        self._under_way = 0
+        self._changed = threading.Condition()
 
     def lease(self) -> memoryview:
         """A free buffer, as soon as there is one; raises what an earlier write failed with."""
@@ -55,23 +63,34 @@ class WriteBehind:
 
     def submit(self, buffer: memoryview, write: Callable[[], None]) -> None:
         """Do `write` on another thread, and free the buffer afterwards."""
+        with self._changed:
+            self._under_way += 1
         self._pool.submit(self._write, buffer, write)
 
     def _write(self, buffer: memoryview, write: Callable[[], None]) -> None:
         try:
-            if not self._failure:
+            if not (self._failure or self._closing):
                 write()
         except BaseException as error:
             self._failure = self._failure or error
         finally:
             self._free.put(buffer)
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+    def _wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._under_way)
 
     def finish(self) -> None:
         """Wait for every write; raises what one failed with."""
-        self._pool.shutdown(wait=True)
+        self._wait()
         if self._failure:
             raise self._failure
 
     def close(self) -> None:
         """Drop the writes that have not begun, and wait for those that have."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._closing = True
+        self._wait()
+        self._pool.shutdown(wait=True)

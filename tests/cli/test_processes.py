@@ -51,7 +51,7 @@ from streammerge.core import io
 write = io.write_at
 def slowly(*arguments, **named):
     write(*arguments, **named)
-    time.sleep(0.5)
+    time.sleep(0.2)
 io.write_at = slowly
 from streammerge.cli import main
 sys.exit(main(sys.argv[1:]))
