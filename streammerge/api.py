@@ -66,7 +66,7 @@ def merge(
         if not verify or report.status != "done":
             return report
         with_bar(Event("verify"))
-        return check_after_run(plan, inputs, report)
+        return check_after_run(plan, inputs, report, chosen.device)
 
 
 def plan(
@@ -116,7 +116,8 @@ def verify(
     chosen = Options.of({**document["options"], **options, "rules": texts[2]})
     weights = [item["weight"] for item in document["adapters"]]
     inputs, plan_again = _prepare(open_checkpoint(texts[0], chosen.read), texts[1], weights, chosen)
-    rederived = verify_against(plan_again, inputs, path, document, 1.0 if full else sample or DEFAULT_SAMPLE)
+    share = 1.0 if full else sample or DEFAULT_SAMPLE
+    rederived = verify_against(plan_again, inputs, path, document, share, chosen.device)
     return Report(path, document, "verified", time.monotonic() - began, checked, rederived)
 
 

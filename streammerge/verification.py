@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from streammerge.compute.devices import device_of
 from streammerge.compute.produce import Producer
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
@@ -109,8 +110,10 @@ def verify_digests(output: Path, document: Mapping[str, Any], progress: Progress
     return findings.checked
 
 
-def verify_against(plan: MergePlan, inputs: Inputs, output: Path, document: Mapping[str, Any], share: float) -> int:
-    """Derive a share of the blocks again and compare; the number of blocks derived.
+def verify_against(
+    plan: MergePlan, inputs: Inputs, output: Path, document: Mapping[str, Any], share: float, device: str = "auto"
+) -> int:
+    """Derive a share of the blocks again on a device and compare; the number of blocks derived.
 
     Raises VerificationError, also where plan or base are not those of the report.
     """
@@ -121,14 +124,13 @@ def verify_against(plan: MergePlan, inputs: Inputs, output: Path, document: Mapp
         findings.problems.append("the base's weights are not those the output was made from")
     findings.raise_if_any()
     jobs = sampled_blocks(plan, share, document["fingerprint"])
-    _derive(plan, inputs, document, jobs, findings)
+    _derive(Producer(plan, inputs.checkpoint, inputs.adapters, device=device_of(device)), document, jobs, findings)
     findings.raise_if_any()
     return len(jobs)
 
 
 def _derive(
-    plan: MergePlan,
-    inputs: Inputs,
+    producer: Producer,
     document: Mapping[str, Any],
     jobs: Sequence[tuple[int, int]],
     findings: _Findings,
@@ -136,7 +138,7 @@ def _derive(
     read_back: bool = False,
 ) -> None:
     """Derive blocks again on all workers and compare them with the report; with `read_back`, what is on disk too."""
-    producer = Producer(plan, inputs.checkpoint, inputs.adapters)
+    plan = producer.plan
     stop = threading.Event()
 
     def work(job: tuple[int, int]) -> None:
@@ -153,7 +155,7 @@ def _derive(
         run_jobs(jobs, work, plan.figures.workers, stop)
 
 
-def check_after_run(plan: MergePlan, inputs: Inputs, report: Report) -> Report:
+def check_after_run(plan: MergePlan, inputs: Inputs, report: Report, device: str = "auto") -> Report:
     """The check that follows a run: structure, coverage, and a sample of blocks read back and derived again."""
     began = time.monotonic()
     findings = _Findings(report.output)
@@ -167,7 +169,8 @@ def check_after_run(plan: MergePlan, inputs: Inputs, report: Report) -> Report:
         findings.problems.append("the base's weights are not those the output was made from")
     findings.raise_if_any()
     jobs = sampled_blocks(plan, SAMPLE_AFTER_RUN, document["fingerprint"])
-    _derive(plan, inputs, document, jobs, findings, read_back=True)
+    producer = Producer(plan, inputs.checkpoint, inputs.adapters, device=device_of(device))
+    _derive(producer, document, jobs, findings, read_back=True)
     findings.raise_if_any()
     seconds = report.seconds + time.monotonic() - began
     return replace(report, seconds=seconds, checked=len(jobs), rederived=len(jobs))

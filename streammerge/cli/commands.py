@@ -52,6 +52,8 @@ def _run_job(job: Job, output: Output, *, verify: bool) -> None:
     for note in report.notes:
         output.note(note)
     output.say(_sentence(report))
+    if output.verbose and report.io:
+        output.say(f"weights were written with {report.io} I/O")
     output.line("summary", report.as_data())
     output.result(str(report.output))
 

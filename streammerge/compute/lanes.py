@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.core.dtypes import torch_dtype
 
@@ -64,6 +64,9 @@ class Lane(Protocol):
     def settle(self) -> None:
         """Return when everything asked for so far is done, and another lane may use it."""
 
+    def borrow(self, state: Any) -> Any:
+        """The tensors of `state`, which some lane made and settled, for use within this `active()`."""
+
     def upload(self, data: memoryview, dtype: str, shape: tuple[int, int]) -> Tensor:
         """Stored bytes as a tensor on the device; `data` may be let go of afterwards, unless `depth` is 0."""
 
@@ -99,6 +102,10 @@ class CpuLane:
 
     def settle(self) -> None:
         """Everything is done when its call returns."""
+
+    def borrow(self, state: Any) -> Any:
+        """As they are."""
+        return state
 
     def upload(self, data: memoryview, dtype: str, shape: tuple[int, int]) -> Tensor:
         """The bytes where they lie."""

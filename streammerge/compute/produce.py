@@ -145,7 +145,7 @@ class Producer:
                 self._worker().lane.settle()
                 if len(self._states) > KEPT_STATES:
                     self._states.popitem(last=False)
-            return self._states[key]
+            return self._worker().lane.borrow(self._states[key])
 
     def _reduced(self, recipe: Recipe, operation: Operation, tiles: range) -> Tensor:
         """The statistic over some tiles: one value for each of their rows, or for each column of the place."""
