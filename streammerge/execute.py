@@ -13,7 +13,7 @@ from typing import Any
 from streammerge.compute.devices import device_of
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import NoSpaceError, StreamMergeError
+from streammerge.core.errors import NoSpaceError, StreamMergeError, UsageError
 from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
@@ -55,6 +55,7 @@ def execute(
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
     if chosen.overwrite or directory.state() is not State.FINISHED:
         check_space(plan, output, directory.reclaimable())
+        refuse_io(chosen.io, output)
     if not directory.claim(plan.digest(), fingerprint, files, overwrite=chosen.overwrite):
         document = strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
         return Report(output, document, "already complete", time.monotonic() - began)
@@ -69,6 +70,14 @@ def execute(
             directory.abandon()
         raise
     return Report(output, document, "done", time.monotonic() - began, io=how, notes=plan.notes)
+
+
+def refuse_io(mode: str, output: Path) -> None:
+    """Raise UsageError for `--io direct` where the file system of `output` cannot do it, before anything is removed."""
+    existing = next(path for path in (output, *output.absolute().parents) if io.exists(path))
+    if mode == "direct" and not io.takes_direct_writes(existing):
+        reason = f"`--io direct` was asked for, and the file system of `{existing}` cannot do it"
+        raise UsageError(reason, "`--io auto` writes through the page cache there")
 
 
 def check_space(plan: MergePlan, output: Path, reclaimable: int) -> None:

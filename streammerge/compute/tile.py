@@ -98,7 +98,7 @@ class TileMerger:
                 continue
             sample = tile.index % SAMPLE_EVERY == 0
             value, delta = self._values(old, tile, touching)
-            new.copy_(value)
+            _put(value, old, new, tile, touching)
             if stats and touching and (sample or not whole):
                 delta = value.sub_(old) if delta is None else delta
                 parts = (old, delta, self._work.take("written", old.shape).copy_(new))
@@ -162,6 +162,18 @@ class Bound:
     number: int
     operation: Operation
     deltas: Deltas | None
+
+
+def _put(value: Tensor, old: Tensor, new: Tensor, tile: Tile, touching: Sequence[tuple[Bound, Region]]) -> None:
+    """Round a tile's values into `new`. Where operations touch a part of it only, the rest is what it was: adding zero
+    would make zero of minus zero."""
+    if any(region.shape == old.shape for _, region in touching):
+        new.copy_(value)
+        return
+    new.copy_(old)
+    for bound, region in touching:
+        at = window(bound.operation, tile, region)
+        new[at] = value[at].to(new.dtype)
 
 
 def window(operation: Operation, tile: Tile, region: Region) -> Window:

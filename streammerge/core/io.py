@@ -22,8 +22,8 @@ from typing import BinaryIO
 from streammerge.core.errors import InputMissingError, InputReadError, StreamMergeError, UnsafeInputError, WriteError
 
 PAGE = mmap.PAGESIZE
-FAULT_AROUND = 2**16
-"""Bytes that Linux maps at once, aligned, when one page of a file is touched (fault_around_bytes)."""
+FOLIO = 2**21
+"""Bytes, aligned, that Linux maps at most at once when one page of a file is touched: a huge page of the page cache."""
 ALIGNMENT = 4096
 """Offset, length and address of a direct read or write are multiples of this: enough for every disk in common use."""
 _CLONE_RANGE = 0x4020940D
@@ -155,10 +155,10 @@ def map_input(fd: int, path: str, size: int) -> mmap.mmap:
 def give_back(mapping: mmap.mmap, start: int, end: int) -> None:
     """Drop the pages of [start, end) from this process: they stay in the page cache, not in our memory.
 
-    The page that holds `end` is kept: who reads on from there would fault it in again, and with it the pages around it
-    that are gone. For the same reason the drop begins where the kernel's window around `start` does.
+    With all of the FOLIO around both ends: one touch may have mapped as much, and who still reads there faults it in
+    again.
     """
-    first, last = start // FAULT_AROUND * FAULT_AROUND, end // PAGE * PAGE
+    first, last = start // FOLIO * FOLIO, min(-(-end // FOLIO) * FOLIO, -(-len(mapping) // PAGE) * PAGE)
     if last > first:
         mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 

@@ -5,6 +5,8 @@ Nothing depends on what these say or do but time.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 
 from streammerge.core import io
@@ -22,16 +24,18 @@ def cache(fd: int, path: str, offset: int, size: int) -> int:
 
 
 def is_cached(path: str | os.PathLike[str]) -> bool:
-    """Whether the first bytes of a file are in the page cache; True where that cannot be told."""
+    """Whether the first page of a file is in the page cache; True where that cannot be told."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return True
     try:
-        return os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT) >= 0
-    except BlockingIOError:
-        return False
-    except OSError:
+        mapping = mmap.mmap(fd, 1, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        found = (ctypes.c_ubyte * 1)(1)
+        page = ctypes.c_char.from_buffer(mapping)
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(page)), ctypes.c_size_t(1), found)
+        return bool(found[0] & 1)
+    except (OSError, ValueError):
         return True
     finally:
         os.close(fd)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from streammerge.core import io
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import UsageError
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import OutputShard
 from streammerge.sinks.buffers import Origin, WriteBehind
@@ -85,10 +84,7 @@ class ShardSink:
         buffers: int,
         tell: tuple[Callable[[int], None], Callable[[OutputShard], None]],
     ) -> None:
-        direct = mode != "buffered" and io.takes_direct_writes(staging)
-        if mode == "direct" and not direct:
-            reason = f"`--io direct` was asked for, and the file system of `{staging.parent}` cannot do it"
-            raise UsageError(reason, "`--io auto` writes through the page cache there")
+        direct = mode == "direct" or (mode == "auto" and io.takes_direct_writes(staging))
         self.io = "direct" if direct else "buffered"
         self.files = [ShardFile(shard, staging, direct=direct) for shard in shards]
         self._behind = WriteBehind(buffers)

@@ -54,6 +54,8 @@ class ReadAhead:
     def _run(self) -> None:
         before = 0
         for name in self._names:
+            if self._stop.is_set():
+                return
             try:
                 before += self._read(name, before)
             except StreamMergeError:
