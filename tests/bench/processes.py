@@ -11,8 +11,13 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 def started(name, *arguments, cwd):
     """Run a benchmark as a person would, from anywhere."""
+    return python(BENCH / name, *map(str, arguments), cwd=cwd)
+
+
+def python(*arguments, cwd):
+    """Run Python as the benchmarks are run."""
     return subprocess.run(
-        [sys.executable, BENCH / name, *map(str, arguments)],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -35,3 +40,14 @@ def digests(root):
         for path in root.rglob("*")
         if path.is_file()
     }
+
+
+def section(results, name):
+    """What stands in RESULTS.md between the markers of a section."""
+    text = (results / "RESULTS.md").read_text()
+    return text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+
+
+def cells(line):
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]

@@ -1,5 +1,6 @@
 """Every benchmark runs, on sizes too small to say anything: so that none of them rots. No time is looked at."""
 
+import json
 import re
 import shutil
 
@@ -95,3 +96,13 @@ def test_the_names_of_both_bases_are_all_found(tmp_path):
     said = bench("names.py", "--runs", "1", "--layers", "2", "--experts", "4", cwd=tmp_path)
     assert "560 operations" in said
     assert "32 operations" in said
+
+
+def test_a_base_in_float32_has_half_the_elements_and_says_so(tmp_path):
+    for dtype in ("BF16", "F32"):
+        options = ("--kind", "one-tensor", "--size", "4MB", "--dtype", dtype, "--rank", "2")
+        bench("make_base.py", tmp_path / dtype, *options, cwd=tmp_path)
+    short, long = (sm.plan(tmp_path / dtype / "base", tmp_path / dtype / "adapter") for dtype in ("BF16", "F32"))
+    facts = [[(tensor.dtype, tensor.shape) for tensor in plan.changed] for plan in (short, long)]
+    assert facts == [[("BF16", (244, 8192))], [("F32", (122, 8192))]]
+    assert json.loads((tmp_path / "F32" / "base" / "config.json").read_text())["torch_dtype"] == "float32"

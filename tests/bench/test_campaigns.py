@@ -10,28 +10,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
-from tests.bench.processes import bench, digests, started
+from tests.bench.processes import bench, cells, digests, section, started
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def run_of(contender, rank, seconds, max_rss=10**9):
-    figures = {"seconds": seconds, "sync_seconds": 0.5, "cpu_seconds": 2 * seconds, "max_rss": max_rss, "bytes": 10**9}
-    return {"contender": contender, "rank": rank} | figures
+def run_of(contender, rank, seconds, max_rss=10**9, cold="all", size=10**9):
+    figures = {"seconds": seconds, "sync_seconds": 0.5, "cpu_seconds": 2 * seconds, "max_rss": max_rss, "bytes": size}
+    return {"contender": contender, "rank": rank, "cold": cold} | figures
 
 
 def entry_of(base, rounds):
     about = {"machine": "a machine", "day": "2026-01-02", "command": "python bench/compare.py"}
-    return about | {"base": base, "bytes": 10**9, "empty_cache": True, "checks": {}, "rounds": rounds}
-
-
-def section(results, name):
-    text = (results / "RESULTS.md").read_text()
-    return text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
-
-
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return about | {"base": base, "bytes": 10**9, "checks": {}, "rounds": rounds}
 
 
 @pytest.fixture
@@ -47,29 +38,63 @@ def kept(tmp_path):
 
 
 def test_the_table_has_medians_and_ratios_that_are_taken_within_a_round(kept, tmp_path):
-    bench("results.py", "--results", kept, cwd=tmp_path)
+    bench("tables.py", "--results", kept, cwd=tmp_path)
     rows = [cells(line)[1:] for line in section(kept, "comparison").splitlines() if line.startswith("| llama")]
     copy, own, peft = rows
     assert copy == [
-        "", "`cp -r` and sync", "2.00 s (1.00 to 4.00)", "0.50 s", "500 MB/s", "", "", "4.0 s", "1000 MB",
+        "", "`cp -r` and sync", "all", "2.00 s (1.00 to 4.00)", "0.50 s", "2.00 s", "", "", "", "4.0 s", "1000 MB",
     ]  # fmt: skip
     assert own == [
-        "16", "streammerge", "2.00 s (1.10 to 5.00)", "0.50 s", "500 MB/s", "1.10", "", "4.0 s", "3000 MB",
+        "16", "streammerge", "all", "2.00 s (1.10 to 5.00)", "0.50 s", "2.00 s", "1.10", "", "", "4.0 s", "3000 MB",
     ]  # fmt: skip
     assert peft == [
-        "16", "PEFT 0.21.2", "11.00 s (10.00 to 30.00)", "0.50 s", "91 MB/s", "7.50", "6.00", "22.0 s", "1000 MB",
+        "16", "PEFT 0.21.2", "all", "11.00 s (10.00 to 30.00)", "0.50 s", "11.00 s", "7.50", "6.00", "", "22.0 s",
+        "1000 MB",
     ]  # fmt: skip
+
+
+def test_ratios_are_of_runs_on_the_same_cache_and_a_rank_is_compared_with_the_lowest(tmp_path):
+    rounds = [
+        [
+            run_of("copy", None, copy), run_of("copy", None, copy / 2, cold="files"),
+            run_of("streammerge", 16, own), run_of("streammerge", 16, own / 4, cold="files"),
+            run_of("streammerge", 64, 1.2 * own), run_of("streammerge", 64, 1.5 * own / 4, cold="files"),
+        ]
+        for copy, own in ((1.0, 2.0), (3.0, 3.0), (2.0, 6.0))
+    ]  # fmt: skip
+    (tmp_path / "comparison.json").write_text(json.dumps({"entries": [entry_of("llama-1GB", rounds)]}))
+    bench("tables.py", "--results", tmp_path, cwd=tmp_path)
+    rows = [cells(line) for line in section(tmp_path, "comparison").splitlines() if line.startswith("| llama")]
+    # Rank, cold, to copy, to the lowest rank.
+    assert [(row[1], row[3], row[7], row[9]) for row in rows] == [
+        ("", "all", "", ""), ("", "files", "", ""),
+        ("16", "all", "2.00", ""), ("16", "files", "1.00", ""),
+        ("64", "all", "2.40", "1.20"), ("64", "files", "1.50", "1.50"),
+    ]  # fmt: skip
+
+
+def test_the_cost_of_a_gigabyte_is_compared_over_bases_that_differ_in_size_only(tmp_path):
+    sizes = {"llama-1GB": (10**9, 3.0), "llama-4GB": (4 * 10**9, 6.0), "llama-16GB": (16 * 10**9, 20.0)}
+    sizes["moe"] = (10**9, 7.0)
+    entries = [
+        entry_of(base, [[run_of("streammerge", 16, seconds, size=size)]]) for base, (size, seconds) in sizes.items()
+    ]
+    (tmp_path / "comparison.json").write_text(json.dumps({"entries": entries}))
+    bench("tables.py", "--results", tmp_path, cwd=tmp_path)
+    (row,) = [cells(line) for line in section(tmp_path, "comparison").splitlines() if line.startswith("| llama | 16")]
+    per_size, steps = "1GB: 3.00 s, 4GB: 1.50 s, 16GB: 1.25 s", "1 to 4 GB: 1.00 s, 4 to 16 GB: 1.17 s"
+    assert row == ["llama", "16", "streammerge", "all", per_size, "2.40", steps]
 
 
 def test_the_same_figures_are_the_same_bytes_and_the_text_around_them_stays(kept, tmp_path):
     (kept / "RESULTS.md").write_text("before\n\n<!-- comparison -->\nold\n<!-- /comparison -->\n\nafter\n")
-    bench("results.py", "--results", kept, cwd=tmp_path)
+    bench("tables.py", "--results", kept, cwd=tmp_path)
     first = digests(kept)
-    bench("results.py", "--results", kept, cwd=tmp_path)
+    bench("tables.py", "--results", kept, cwd=tmp_path)
     assert digests(kept) == first
     text = (kept / "RESULTS.md").read_text()
     assert re.fullmatch(r"before\n\n<!-- comparison -->\n.+\n<!-- /comparison -->\n\nafter\n", text, re.DOTALL)
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "(comparison.svg)" in text
 
 
@@ -77,20 +102,20 @@ def test_the_same_figures_are_the_same_bytes_and_the_text_around_them_stays(kept
 def test_a_section_that_is_empty_or_not_is_replaced_and_the_next_one_stays(old, kept, tmp_path):
     rest = "\nafter\n\n<!-- memory -->\nkept\n<!-- /memory -->\n"
     (kept / "RESULTS.md").write_text(f"<!-- comparison -->\n{old}<!-- /comparison -->\n{rest}")
-    bench("results.py", "--results", kept, cwd=tmp_path)
+    bench("tables.py", "--results", kept, cwd=tmp_path)
     assert (kept / "RESULTS.md").read_text().endswith(f"(comparison.svg)\n<!-- /comparison -->\n{rest}")
     assert section(kept, "comparison").startswith("- llama-1GB: `python bench/compare.py`; 3 rounds; ")
 
 
 def test_a_section_without_its_end_is_left_alone(kept, tmp_path):
     (kept / "RESULTS.md").write_text("<!-- comparison -->\nafter\n")
-    done = started("results.py", "--results", kept, cwd=tmp_path)
+    done = started("tables.py", "--results", kept, cwd=tmp_path)
     assert (done.returncode, "not both in order" in done.stderr) == (1, True)
     assert (kept / "RESULTS.md").read_text() == "<!-- comparison -->\nafter\n"
 
 
 def test_the_plot_has_a_dot_for_each_contender_where_its_medians_are(kept, tmp_path):
-    bench("results.py", "--results", kept, cwd=tmp_path)
+    bench("tables.py", "--results", kept, cwd=tmp_path)
     drawn = ElementTree.parse(kept / "comparison.svg")
     dots = {(dot[0].text, dot.get("cx")) for dot in drawn.iter(f"{SVG}circle") if len(dot)}
     # Seconds from 2 to 20 on 380 pixels: a factor of 10; 11 s is log10(5.5) of the way. Memory is 1 GB for both.
@@ -107,18 +132,22 @@ def test_a_campaign_measures_every_contender_in_rounds_and_leaves_nothing(tmp_pa
     (tmp_path / "work").mkdir()
     said = bench(
         "compare.py", "--bases", "llama-2MB,one-tensor-2MB", "--ranks", "4", "--contenders", "streammerge,copy",
-        "--rounds", "2", "--keep-cache", "--results", results, "--", "-j", "1", cwd=tmp_path / "work",
+        "--rounds", "2", "--cold", "nothing,files", "--results", results, "--", "-j", "1", cwd=tmp_path / "work",
     )  # fmt: skip
-    assert len(re.findall(r"^llama-2MB +round 2 +streammerge r=4 +\d+\.\d+ s \(sync", said, re.MULTILINE)) == 1
+    line = r"^llama-2MB +round 2 +streammerge r=4 +cold: files +\d+\.\d+ s \(sync"
+    assert len(re.findall(line, said, re.MULTILINE)) == 1
     entries = json.loads((results / "comparison.json").read_text())["entries"]
     assert [entry["base"] for entry in entries] == ["llama-2MB", "one-tensor-2MB"]
-    order = [("copy", None), ("streammerge", 4)]
+    order = [
+        ("copy", None, "files"), ("copy", None, "nothing"), ("streammerge", 4, "files"), ("streammerge", 4, "nothing"),
+    ]  # fmt: skip
     for entry in entries:
-        assert [[(run["contender"], run["rank"]) for run in one] for one in entry["rounds"]] == [order, order]
+        cases = [[(run["contender"], run["rank"], run["cold"]) for run in one] for one in entry["rounds"]]
+        assert cases == [order, order]
         assert all(run["bytes"] >= entry["bytes"] and run["max_rss"] > 0 for one in entry["rounds"] for run in one)
         assert entry["command"].endswith("--results DIR -- -j 1")
         assert str(tmp_path) not in json.dumps(entry)
-    assert section(results, "comparison").count("| streammerge |") == 2
+    assert section(results, "comparison").count("| streammerge | files |") == 2
     assert ElementTree.parse(results / "comparison.svg").getroot().tag == f"{SVG}svg"
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -128,7 +157,7 @@ def test_another_campaign_replaces_the_bases_that_it_measures_and_keeps_the_othe
     path = kept / "comparison.json"
     entries = json.loads(path.read_text())["entries"]
     path.write_text(json.dumps({"entries": [old, *entries]}))
-    arguments = ("--bases", "llama-2MB", "--contenders", "copy", "--rounds", "1", "--keep-cache", "--ranks", "2")
+    arguments = ("--bases", "llama-2MB", "--contenders", "copy", "--rounds", "1", "--cold", "nothing", "--ranks", "2")
     bench("compare.py", *arguments, "--results", kept, cwd=tmp_path)
     new, same = json.loads(path.read_text())["entries"]
     assert (new["base"], new["command"] != old["command"], same) == ("llama-2MB", True, entries[0])
@@ -143,11 +172,12 @@ def test_a_peer_is_measured_and_its_output_compared(tmp_path):
     (root / "bin" / "python").chmod(0o755)
     arguments = ("--bases", "llama-2MB", "--contenders", "streammerge,peft", "--rounds", "1", "--ranks", "4")
     results = tmp_path / "results"
-    bench(
-        "compare.py", *arguments, "--keep-cache", "--dir", tmp_path / "work", "--results", results, cwd=tmp_path
-    )  # fmt: skip
+    caches = ("--cold", "files,nothing")
+    bench("compare.py", *arguments, *caches, "--dir", tmp_path / "work", "--results", results, cwd=tmp_path)
     (entry,) = json.loads((results / "comparison.json").read_text())["entries"]
-    assert [run["contender"] for run in entry["rounds"][0]] == ["streammerge", "peft"]
+    # A peer is measured on the coldest cache only.
+    measured = [(run["contender"], run["cold"]) for run in entry["rounds"][0]]
+    assert measured == [("streammerge", "files"), ("streammerge", "nothing"), ("peft", "files")]
     assert entry["checks"]["peft r=4"]["compared"] > 5
     assert entry["checks"]["peft r=4"]["equal"] > 0.99
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["environments", "llama-2MB"]
@@ -191,52 +221,10 @@ def test_an_output_that_lacks_a_tensor_is_refused(merged, tmp_path):
             ("--contenders", "copy,rsync"),
             "no such contender: rsync; there are copy, streammerge, peft, tinker, axolotl",
         ),
+        (("--cold", "coffee"), "no such cache: coffee; there are all, files, nothing"),
         (("--bases", "mamba-1GB"), "no such base: mamba-1GB; a name is one of llama, moe, one-tensor, "),
     ],
 )
 def test_a_name_that_nothing_has_is_told_with_those_that_there_are(arguments, message, tmp_path):
     done = started("compare.py", *arguments, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (1, True)
-
-
-def test_memory_keeps_the_peak_and_its_parts_of_every_base(tmp_path):
-    results = tmp_path / "results"
-    (tmp_path / "work").mkdir()
-    said = bench(
-        "memory.py", "--bases", "llama-2MB,one-tensor-2MB", "--ranks", "2", "--limited", "one-tensor-2MB",
-        "--results", results, cwd=tmp_path / "work",
-    )  # fmt: skip
-    assert re.search(
-        r"llama-2MB, r=2 +peak +\d+\.\d MB .*VmHWM \d+\.\d MB  RssAnon \d+\.\d MB  RssFile \d+\.\d MB", said
-    )
-    imports, llama, one = json.loads((results / "memory.json").read_text())["entries"]
-    peak = llama["peaks"]["2"][0]["max_rss"]
-    assert imports["peaks"]["-"][0]["max_rss"] < peak
-    assert f"| llama-2MB | {llama['bytes'] / 1e6:.3g} MB | 2 | {peak / 1e6:.0f} MB |" in section(results, "memory")
-    (limited,) = one["limited"]
-    assert limited["limit"] == 640 * 10**6
-    # Either it ran in its cgroup, or what forbade it is said, on the screen and in the results.
-    where = "finished" if "max_rss" in limited else f"not measured: {limited['refused']}"
-    assert f"one-tensor-2MB in a memory cgroup of 640 MB: {where}" in section(results, "memory")
-    assert ("NOT MEASURED" in said) == ("refused" in limited)
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-def test_a_process_that_needs_more_than_its_cgroup_does_not_finish(tmp_path):
-    said = started(
-        "memory.py", "--bases", "one-tensor-2MB", "--ranks", "2", "--limit", "60MB", "--limited", "one-tensor-2MB",
-        "--results", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
-    assert "NOT MEASURED" in said.stdout or (said.returncode == 1 and "exit code -9" in said.stderr)
-
-
-def test_a_run_that_fails_fails_the_benchmark_with_its_message(small, tmp_path):
-    made = tmp_path / "work" / "llama-2MB"
-    (made / "adapter-r2").mkdir(parents=True)
-    (made / "adapter-r2" / "adapter_config.json").write_text("{}")
-    (made / "base").symlink_to(small / "base")
-    arguments = ("--bases", "llama-2MB", "--ranks", "2", "--dir", tmp_path / "work", "--results", tmp_path / "results")
-    done = started("memory.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "exit code 3: " in done.stderr
-    assert "adapter_model.safetensors" in done.stderr

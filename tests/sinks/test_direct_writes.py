@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streammerge.core import io
-from streammerge.core.errors import UsageError, WriteError
+from streammerge.core.errors import WriteError
 from streammerge.planning.model import OutputShard
 from streammerge.sinks.shards import ShardSink
 from tests.refusals.making import call, inputs_at, load_all, merged, tree_digest
@@ -120,17 +120,21 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_file(tmp_path: Path, monke
     monkeypatch.setattr(io, "takes_direct_writes", lambda folder: False)
     outcome = call("run", base, adapter, "-o", tmp_path / "out", "--io", "direct")
     assert outcome.code == 2
-    assert f"the file system of `{tmp_path / 'out'}` cannot do it" in outcome.err
+    assert f"the file system of `{tmp_path}` cannot do it" in outcome.err
     assert "`--io auto` writes through the page cache there" in outcome.err
-    assert not list((tmp_path / "out").rglob("*"))
+    assert not (tmp_path / "out").exists()
     merged(base, adapter, tmp_path / "out")
 
 
-def test_a_sink_that_is_refused_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_done_is_refused_before_a_result_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs_at(tmp_path)
+    merged(base, adapter, tmp_path / "out")
+    before = tree_digest(tmp_path / "out")
     monkeypatch.setattr(io, "takes_direct_writes", lambda folder: False)
-    with pytest.raises(UsageError, match="--io direct"):
-        ShardSink([OutputShard("a", 5, b"", {})], tmp_path / "staging", "direct", 4, (print, print))
-    assert list(tmp_path.iterdir()) == []
+    assert call("run", base, adapter, "-o", tmp_path / "out", "--io", "direct", "--overwrite").code == 2
+    assert tree_digest(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(("mode", "how"), [("direct", "direct"), ("buffered", "buffered"), ("auto", "direct")])
