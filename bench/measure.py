@@ -7,6 +7,7 @@ the child's peak.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,27 @@ def drop_caches() -> bool:
     return True
 
 
+def evict(roots: Iterable[Path]) -> None:
+    """Drop the files below some directories from the page cache, and nothing else; what is not on the disk yet is
+    written first. Anybody may do that with files that they may read."""
+    for path in (path for root in roots for path in root.rglob("*") if path.is_file()):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+
+def compile_package() -> None:
+    """Compile our modules, as they are in an installed package; a checkout may be told not to keep them, and then the
+    processes that are measured are not."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    found = importlib.util.find_spec("streammerge")
+    for place in (found and found.submodule_search_locations) or ():
+        run([sys.executable, "-m", "compileall", "-q", place])
+
+
 def median(values: Sequence[float]) -> float:
     """The median; SystemExit without values."""
     if not values:
@@ -86,12 +108,13 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def make_base(directory: Path, *arguments: str) -> tuple[Path, Path]:
+def make_base(directory: Path, *arguments: str, adapter: str = "adapter") -> tuple[Path, Path]:
     """Base and adapter in `directory`, which are built unless they are there; in another process, for the memory."""
-    if not (directory / "adapter" / "adapter_config.json").exists():
+    made = directory / "base", directory / adapter
+    if not all(path.exists() for path in (made[0] / "config.json", made[1] / "adapter_config.json")):
         script = Path(__file__).parent / "make_base.py"
-        print(run([sys.executable, script, directory, *arguments]).output.strip())
-    return directory / "base", directory / "adapter"
+        print(run([sys.executable, script, directory, "--adapter", adapter, *arguments]).output.strip(), flush=True)
+    return made
 
 
 @contextmanager
