@@ -55,10 +55,10 @@ def merge(
     """
     chosen = Options.of(options)
     with_bar = _progress(progress)
+    checkpoint = open_checkpoint(str(base), chosen.read)
     begins = chosen.overwrite or not io.exists(Path(output) / MARKER)
     if begins:
         load_in_background()
-    checkpoint = open_checkpoint(str(base), chosen.read)
     files = [shard.file for shard in checkpoint.facts.shards] if begins else []
     with ReadAhead(checkpoint.files, files, gently=wants_the_disk):
         inputs, plan = _prepare(checkpoint, adapters, weights, chosen)

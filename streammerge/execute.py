@@ -74,7 +74,7 @@ def execute(
 
 def refuse_io(mode: str, output: Path) -> None:
     """Raise UsageError for `--io direct` where the file system of `output` cannot do it, before anything is removed."""
-    existing = next(path for path in (output, *output.absolute().parents) if io.exists(path))
+    existing = _existing(output)
     if mode == "direct" and not io.takes_direct_writes(existing):
         reason = f"`--io direct` was asked for, and the file system of `{existing}` cannot do it"
         raise UsageError(reason, "`--io auto` writes through the page cache there")
@@ -83,11 +83,16 @@ def refuse_io(mode: str, output: Path) -> None:
 def check_space(plan: MergePlan, output: Path, reclaimable: int) -> None:
     """Raise NoSpaceError if the file system of `output` has less free than the plan writes, with what will be removed
     before that counted as free."""
-    existing = next(path for path in (output, *output.absolute().parents) if io.exists(path))
+    existing = _existing(output)
     needed = plan.figures.write + sum(io.size_of(sidecar.path) for sidecar in plan.sidecars)
     free = io.free_space(existing) + reclaimable
     if free < needed:
         raise NoSpaceError(str(existing), needed=needed, free=free)
+
+
+def _existing(output: Path) -> Path:
+    """The output, or the nearest folder above it that is there."""
+    return next(path for path in (output, *output.absolute().parents) if io.exists(path))
 
 
 class Publisher:

@@ -4,6 +4,7 @@ as many threads as it had.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -30,7 +31,8 @@ def load_in_background() -> None:
 
 
 def _load() -> None:
-    importlib.import_module("torch")
+    with contextlib.suppress(Exception):  # whoever needs torch meets the same error, and can raise it
+        importlib.import_module("torch")
 
 
 def wants_the_disk() -> bool:

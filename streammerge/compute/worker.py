@@ -92,9 +92,8 @@ class TileWorker:
                 low, high = tile.start * width, tile.end * width
                 if low < start or high > end:
                     stop = min(end, high)
-                    into[start - base : stop - base] = self._cut(recipe, tile, first=low == start)[
-                        start - low : stop - low
-                    ]
+                    whole = self._cut(recipe, tile, first=low == start)
+                    into[start - base : stop - base] = whole[start - low : stop - low]
                 else:
                     tiles = self._following(recipe, tile, end // width)
                     stop = tiles[-1].end * width
