@@ -19,7 +19,7 @@ from stage_runs import planned
 
 from streammerge.compute.factors import FactorReader
 from streammerge.compute.lanes import CpuLane
-from streammerge.compute.tile import SAMPLE_EVERY, TileMerger, all_finite, measured, overlap
+from streammerge.compute.tile import SAMPLE_EVERY, TileMerger, measured, overlap
 from streammerge.core.dtypes import torch_dtype
 from streammerge.core.options import Options
 from streammerge.methods import FORMULAS
@@ -68,11 +68,10 @@ def steps_of(base: Path, adapter: Path, accumulate: str) -> tuple[Mapping[str, t
     delta, value = work.take("delta", shape), work.take("value", shape)
     merger = TileMerger(factors, lambda number, one, at: None, work)
     steps: dict[str, tuple[Step, int]] = {
-        "product": (lambda: deltas.into(delta, region.rows), tile.end),
         "widening": (lambda: value.copy_(weight), tile.end),
-        "adding": (lambda: value.add_(delta), tile.end),
+        "product, added": (lambda: deltas.add_to(value, region.rows, delta), tile.end),
         "rounding": (lambda: written.copy_(value), tile.end),
-        "finiteness": (lambda: all_finite(part, output.dtype), tile.end),
+        "finiteness": (written.sum, tile.end),
         "digest": (lambda: xxhash.xxh3_128(part).digest(), tile.end),
         "reading factors, once a stretch": (lambda: formula.deltas(operation, every, factors), many),
         "norm of the delta, once a stretch": (all_deltas.squared_norm, many),

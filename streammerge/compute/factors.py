@@ -33,6 +33,7 @@ class FactorReader:
         self._adapters = adapters
         self._work = work or Workspace.of_float64()
         self._kept: dict[FactorView, tuple[Part, float, Tensor]] = {}
+        self._grams: dict[FactorView, tuple[Tensor, Tensor]] = {}
         self._touched: set[tuple[int, str]] = set()
         self._mapped = 0
 
@@ -44,6 +45,7 @@ class FactorReader:
     def forget(self) -> None:
         """Let go of everything kept; called when a worker turns to another matrix."""
         self._kept.clear()
+        self._grams.clear()
         self._give_back()
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
@@ -55,6 +57,13 @@ class FactorReader:
         `forget`: a very long row is worked on in stretches, and all of them together are what the budget has no room
         for."""
         return self._remembered(view, (rows, cols), times)
+
+    def gram(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int], times: float = 1.0) -> Tensor:
+        """`kept` times its own transpose, as long as that stays the same."""
+        of = self.kept(view, rows, cols, times)
+        if view not in self._grams or self._grams[view][0] is not of:
+            self._grams[view] = of, of @ of.T
+        return self._grams[view][1]
 
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor, remembered until `forget`."""

@@ -9,11 +9,10 @@ memory that is used again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.lanes import Workspace
-from streammerge.core.dtypes import itemsize
 from streammerge.core.lines import Lines
 from streammerge.core.tensors import Operation
 from streammerge.methods import FORMULAS, Region
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 Window = tuple["slice | Tensor", "slice | Tensor"]
 """Rows and columns of a tile: slices, or indices that broadcast against each other."""
-INFINITY_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
-"""Positive infinity of every dtype that is written, as a whole number; NaN lies above it."""
 SAMPLE_EVERY = 32
 """One tile in so many is measured for how much of its delta survived rounding."""
 
@@ -63,12 +60,36 @@ def overlap(operation: Operation, tile: Tile) -> Region | None:
     place = operation.place
     if place.matrix != tile.matrix:
         return None
+    if place.shape == place.view.shape and not operation.indices:
+        return Region(tile.rows, tile.cols)
     rows, cols = place.rows.within(*tile.rows), place.cols.within(*tile.cols)
     if rows[0] == rows[1] or cols[0] == cols[1]:
         return None
     if operation.indices and not any(rows[0] <= index < rows[1] for index in operation.indices):
         return None
     return Region(rows, cols)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known of tiles that were made, still on the device, so that nobody waits: measurements, and the sum of
+    the values of each one that was changed, which is finite only if all of them are."""
+
+    measured: list[Measured] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An operation with its number and, if it is additive, what makes its deltas."""
+
+    number: int
+    operation: Operation
+    deltas: Deltas | None
+
+
+Touch = tuple[Bound, Region]
+"""An operation and the part of its place that lies in a tile."""
 
 
 class TileMerger:
@@ -80,30 +101,30 @@ class TileMerger:
 
     def merge(
         self, weight: Tensor, written: Tensor, tiles: Sequence[Tile], operations: Sequence[Numbered], *, stats: bool
-    ) -> list[Measured]:
-        """Round new values of stored W (R, C), the rows of all tiles, into `written` (R, C). With `stats`, returns
-        measurements, on the device, so that nobody waits."""
+    ) -> Outcome:
+        """Round new values of stored W (R, C), the rows of all tiles, into `written` (R, C); with `stats`, measure."""
         bound = self._bound(tiles, operations)
-        found: list[Measured] = []
-        whole = bound[0].deltas if len(bound) == 1 else None
-        if stats and whole:
-            found.append(Measured(tiles[0].index, delta=whole.squared_norm()))
+        outcome = Outcome()
+        only = bound[0].deltas if len(bound) == 1 else None
+        if stats and only:
+            outcome.measured.append(Measured(tiles[0].index, delta=only.squared_norm()))
         origin = tiles[0].rows[0]
         for tile in tiles:
             rows = slice(tile.rows[0] - origin, tile.rows[1] - origin)
-            old, new = (weight, written) if len(tiles) == 1 else (weight[rows], written[rows])
+            old, new = weight[rows], written[rows]
             touching = [(op, region) for op in bound if (region := overlap(op.operation, tile))]
-            if not touching and weight.dtype == written.dtype:
+            if not touching and old.dtype == new.dtype:
                 new.copy_(old)
                 continue
             sample = tile.index % SAMPLE_EVERY == 0
             value, delta = self._values(old, tile, touching)
             _put(value, old, new, tile, touching)
-            if stats and touching and (sample or not whole):
-                delta = value.sub_(old) if delta is None else delta
+            outcome.sums.append(new.sum())
+            if stats and touching and (sample or not only):
+                delta = self._delta(value, delta, old, tile, touching)
                 parts = (old, delta, self._work.take("written", old.shape).copy_(new))
-                found.append(measured(tile.index, parts, norm=not whole, sample=sample))
-        return found
+                outcome.measured.append(measured(tile.index, parts, norm=not only, sample=sample))
+        return outcome
 
     def _bound(self, tiles: Sequence[Tile], operations: Sequence[Numbered]) -> list[Bound]:
         """The operations that meet the tiles, their factors read for all of them."""
@@ -117,13 +138,14 @@ class TileMerger:
                 bound.append(Bound(number, operation, deltas))
         return bound
 
-    def _values(
-        self, weight: Tensor, tile: Tile, operations: Sequence[tuple[Bound, Region]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The new values of one tile, and the summed delta where all operations were additive; good until the next."""
+    def _values(self, weight: Tensor, tile: Tile, touching: Sequence[Touch]) -> tuple[Tensor, Tensor | None]:
+        """The new values of one tile, and the summed delta where it was made; good until the next."""
+        if len(touching) == 1 and (deltas := touching[0][0].deltas) and touching[0][1].shape == weight.shape:
+            spare = self._work.take("delta", weight.shape)
+            return deltas.add_to(self._added(weight, None), touching[0][1].rows, spare), None
         value: Tensor | None = None
         delta: Tensor | None = None
-        for bound, region in operations:
+        for bound, region in touching:
             if bound.deltas:
                 delta = self._accumulated(delta, bound, region, tile, weight.shape)
                 continue
@@ -133,6 +155,20 @@ class TileMerger:
             formula = FORMULAS[bound.operation.formula]
             value[at] = formula.apply(bound.operation, region, value[at], state, self._factors)
         return self._added(weight if value is None else value, delta), delta if value is None else None
+
+    def _delta(
+        self, value: Tensor, delta: Tensor | None, weight: Tensor, tile: Tile, touching: Sequence[Touch]
+    ) -> Tensor:
+        """The delta of a tile, for its measurements: summed once more if all of it is a sum, else the difference that
+        was made; `value` is used up."""
+        if delta is not None:
+            return delta
+        if not all(bound.deltas for bound, _ in touching):
+            return value.sub_(weight)
+        for bound, region in touching:
+            delta = self._accumulated(delta, bound, region, tile, weight.shape)
+        assert delta is not None
+        return delta
 
     def _accumulated(
         self, total: Tensor | None, bound: Bound, region: Region, tile: Tile, shape: Sequence[int]
@@ -151,20 +187,20 @@ class TileMerger:
         """W + D in the arithmetic's dtype; widened first, since torch adds mixed dtypes at half the speed."""
         kept = self._work.take("value", value.shape)
         if value is not kept:
-            kept.copy_(value)
+            kept.copy_(self._halfway(value))
         return kept if delta is None else kept.add_(delta)
 
+    def _halfway(self, value: Tensor) -> Tensor:
+        """float16 on its way to float64, as float32: torch has fast code for both steps, and none for the whole way."""
+        import torch
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """An operation with its number and, if it is additive, what makes its deltas."""
-
-    number: int
-    operation: Operation
-    deltas: Deltas | None
+        if value.dtype is not torch.float16 or self._work.dtype is not torch.float64:
+            return value
+        memory = self._work.take("one of several deltas", value.shape).view(-1).view(torch.float32)
+        return memory[: value.numel()].view(value.shape).copy_(value)
 
 
-def _put(value: Tensor, old: Tensor, new: Tensor, tile: Tile, touching: Sequence[tuple[Bound, Region]]) -> None:
+def _put(value: Tensor, old: Tensor, new: Tensor, tile: Tile, touching: Sequence[Touch]) -> None:
     """Round a tile's values into `new`. Where operations touch a part of it only, the rest is what it was: adding zero
     would make zero of minus zero."""
     if any(region.shape == old.shape for _, region in touching):
@@ -208,15 +244,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     import torch
 
     return torch.dot(a.view(-1), b.view(-1))
-
-
-def all_finite(data: memoryview, dtype: str) -> bool:
-    """Whether no value is infinite or NaN, by looking at the bits as whole numbers: both signs' largest exponents are
-    the largest numbers of one of two readings."""
-    import numpy as np
-
-    width = itemsize(dtype)
-    limit = INFINITY_BITS[dtype]
-    signed, unsigned = np.frombuffer(data, f"i{width}"), np.frombuffer(data, f"u{width}")
-    sign = 1 << (8 * width - 1)
-    return not len(signed) or (int(signed.max()) < limit and int(unsigned.max()) < sign + limit)

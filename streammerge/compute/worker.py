@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.factors import FactorReader
 from streammerge.compute.lanes import Lane, Receipt
-from streammerge.compute.tile import Measured, TileMerger, TileStats, all_finite, measured
+from streammerge.compute.tile import Measured, Outcome, TileMerger, TileStats, measured
 from streammerge.core.dtypes import itemsize, torch_dtype
 from streammerge.core.errors import NonFiniteError
 from streammerge.core.tensors import Operation, OutputTensor, TensorInfo
@@ -64,7 +64,7 @@ class _Made:
     tiles: list[Tile]
     into: memoryview
     receipt: Receipt
-    stats: list[Measured]
+    outcome: Outcome
 
 
 class TileWorker:
@@ -142,11 +142,11 @@ class TileWorker:
             weight = self.lane.upload(data, recipe.info.dtype, shape)
             written = self.lane.target(recipe.output.dtype, shape, into)
             wanted = report and self._on_stats is not None
-            stats = self._merger(recipe).merge(weight, written, tiles, operations, stats=wanted)
+            outcome = self._merger(recipe).merge(weight, written, tiles, operations, stats=wanted)
             receipt = self.lane.send(written, into)
         del weight, data
         recipe.files.give_back(recipe.info, low * recipe.stored, high * recipe.stored)
-        self._under_way.append(_Made(recipe, tiles, into, receipt, stats))
+        self._under_way.append(_Made(recipe, tiles, into, receipt, outcome))
         self._finish(self.lane.depth)
 
     def _merger(self, recipe: Recipe) -> TileMerger:
@@ -157,9 +157,9 @@ class TileWorker:
         while len(self._under_way) > left:
             made = self._under_way.popleft()
             made.receipt()
-            if not all_finite(made.into, made.recipe.output.dtype):
+            if not all(map(math.isfinite, made.outcome.sums)):
                 self._check_finite(made)
-            for found in made.stats:
+            for found in made.outcome.measured:
                 self._report(made, found)
 
     def _report(self, made: _Made, found: Measured) -> None:

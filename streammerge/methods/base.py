@@ -56,6 +56,9 @@ class Factors(Protocol):
     def kept(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int], times: float = 1.0) -> Tensor:
         """The same `times` a number, remembered for the next tile; for factors that neighbouring tiles share."""
 
+    def gram(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int], times: float = 1.0) -> Tensor:
+        """What `kept` gives times its own transpose, (rows, rows), remembered likewise."""
+
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor."""
 
@@ -68,6 +71,10 @@ class Deltas(Protocol):
 
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """The delta of rows [first, last) of the place, written into `out` (T, C) and returned."""
+
+    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
+        """`value` (T, C) plus the same delta, in place, bit for bit as if that was made first; `spare` (T, C) is memory
+        for it."""
 
     def squared_norm(self) -> Tensor:
         """The squared Frobenius norm of the whole region's delta, on the device."""

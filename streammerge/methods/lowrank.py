@@ -8,6 +8,7 @@ is A, or `left` is A transposed and `right` B transposed where the module's weig
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.core.tensors import Operation
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FLOAT64 = 8
 PIECE_ELEMENTS = 2**21
 """Elements of the base that are worked on with one reading of the factors, at most."""
+ONE_GO = 128
+"""The highest rank that every BLAS sums up in registers before it adds the sums to what they are added to."""
 SAFE_EXPONENT = 64
 """Powers of two up to this, and down to its inverse, cannot overflow or underflow in a product of adapter values."""
 
@@ -40,6 +43,7 @@ class ScaledProducts:
         self._origin = region.rows[0]
         self._left_TK = factors.part(operation.factors["left"], region.rows, (0, rank))
         self._right_KC = factors.kept(operation.factors["right"], (0, rank), region.cols, folded)
+        self._right_gram_KK = partial(factors.gram, operation.factors["right"], (0, rank), region.cols, folded)
 
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """The delta of rows [first, last) of the place."""
@@ -54,9 +58,17 @@ class ScaledProducts:
             out.copy_((left_TK @ right_KC)[: out.shape[0], : out.shape[1]])
         return out if self._scaling == 1.0 else out.mul_(self._scaling)
 
+    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
+        """`value + D`; in one step where D is a product alone, since BLAS sums the products of an element before it
+        adds them to what is there, as long as it takes the rank in one go."""
+        rank, width = self._right_KC.shape
+        if self._scaling != 1.0 or rank > ONE_GO or 1 in (width, rows[1] - rows[0]):
+            return value.add_(self.into(spare, rows))
+        return value.addmm_(self._left_TK[rows[0] - self._origin : rows[1] - self._origin], self._right_KC)
+
     def squared_norm(self) -> Tensor:
         """From the factors alone: `||L R||^2 = sum((L.T L) * (R R.T))`, far fewer operations than the product has."""
-        grams = (self._left_TK.T @ self._left_TK).mul_(self._right_KC @ self._right_KC.T)
+        grams = (self._left_TK.T @ self._left_TK).mul_(self._right_gram_KK())
         return grams.sum().clamp_(min=0).mul_(self._scaling * self._scaling)
 
 
@@ -68,10 +80,10 @@ def _is_power_of_two(number: float) -> bool:
 
 def factor_memory(operation: Operation, tile: tuple[int, int]) -> int:
     """Bytes of both factors in float64, for as many tiles as lie in a piece of the base: rows of the one, and the kept
-    other with the copy made while it is read."""
+    other with the copy made while it is read; and of their Gram matrices."""
     rank = operation.factors["left"].shape[1]
     rows = max(tile[0], PIECE_ELEMENTS // max(1, tile[1]))
-    return 2 * FLOAT64 * rank * (min(rows, operation.factors["left"].shape[0]) + tile[1])
+    return 2 * FLOAT64 * rank * (min(rows, operation.factors["left"].shape[0]) + tile[1] + rank)
 
 
 def cut_product(operation: Operation, cut: Cut) -> CutOperation:
@@ -109,6 +121,10 @@ class VectorRows:
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """Rows [first, last) of it, (T, 1)."""
         return out.copy_(self._vector[slice(*rows), None])
+
+    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
+        """`value` (T, 1) plus rows [first, last) of it."""
+        return value.add_(self._vector[slice(*rows), None])
 
     def squared_norm(self) -> Tensor:
         """The sum of squares of the region's rows."""

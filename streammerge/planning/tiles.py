@@ -8,6 +8,7 @@ rows, or a stretch of one very long row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from streammerge.core.tensors import MatrixView
 
@@ -33,14 +34,14 @@ class Tile:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TileGrid:
     """The tiles of one stored tensor. `rank` is the highest of its operations, 0 if there are none."""
 
     view: MatrixView
     rank: int
 
-    @property
+    @cached_property
     def tile_shape(self) -> tuple[int, int]:
         """Rows and columns of a full tile."""
         rows, cols = self.view.rows, self.view.cols
@@ -55,7 +56,7 @@ class TileGrid:
         bands, strips = self._per_matrix
         return self.view.stack * bands * strips
 
-    @property
+    @cached_property
     def _per_matrix(self) -> tuple[int, int]:
         height, width = self.tile_shape
         return -(-self.view.rows // height), -(-self.view.cols // width)
