@@ -68,8 +68,9 @@ def steps_of(base: Path, adapter: Path, accumulate: str) -> tuple[Mapping[str, t
     delta, value = work.take("delta", shape), work.take("value", shape)
     merger = TileMerger(factors, lambda number, one, at: None, work)
     steps: dict[str, tuple[Step, int]] = {
+        "product": (lambda: deltas.into(delta, region.rows), tile.end),
         "widening": (lambda: value.copy_(weight), tile.end),
-        "product, added": (lambda: deltas.add_to(value, region.rows, delta), tile.end),
+        "adding": (lambda: value.add_(delta), tile.end),
         "rounding": (lambda: written.copy_(value), tile.end),
         "finiteness": (written.sum, tile.end),
         "digest": (lambda: xxhash.xxh3_128(part).digest(), tile.end),

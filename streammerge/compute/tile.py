@@ -121,7 +121,7 @@ class TileMerger:
             _put(value, old, new, tile, touching)
             outcome.sums.append(new.sum())
             if stats and touching and (sample or not only):
-                delta = self._delta(value, delta, old, tile, touching)
+                delta = value.sub_(old) if delta is None else delta
                 parts = (old, delta, self._work.take("written", old.shape).copy_(new))
                 outcome.measured.append(measured(tile.index, parts, norm=not only, sample=sample))
         return outcome
@@ -139,10 +139,7 @@ class TileMerger:
         return bound
 
     def _values(self, weight: Tensor, tile: Tile, touching: Sequence[Touch]) -> tuple[Tensor, Tensor | None]:
-        """The new values of one tile, and the summed delta where it was made; good until the next."""
-        if len(touching) == 1 and (deltas := touching[0][0].deltas) and touching[0][1].shape == weight.shape:
-            spare = self._work.take("delta", weight.shape)
-            return deltas.add_to(self._added(weight, None), touching[0][1].rows, spare), None
+        """The new values of one tile, and the summed delta where all operations were additive; good until the next."""
         value: Tensor | None = None
         delta: Tensor | None = None
         for bound, region in touching:
@@ -155,20 +152,6 @@ class TileMerger:
             formula = FORMULAS[bound.operation.formula]
             value[at] = formula.apply(bound.operation, region, value[at], state, self._factors)
         return self._added(weight if value is None else value, delta), delta if value is None else None
-
-    def _delta(
-        self, value: Tensor, delta: Tensor | None, weight: Tensor, tile: Tile, touching: Sequence[Touch]
-    ) -> Tensor:
-        """The delta of a tile, for its measurements: summed once more if all of it is a sum, else the difference that
-        was made; `value` is used up."""
-        if delta is not None:
-            return delta
-        if not all(bound.deltas for bound, _ in touching):
-            return value.sub_(weight)
-        for bound, region in touching:
-            delta = self._accumulated(delta, bound, region, tile, weight.shape)
-        assert delta is not None
-        return delta
 
     def _accumulated(
         self, total: Tensor | None, bound: Bound, region: Region, tile: Tile, shape: Sequence[int]

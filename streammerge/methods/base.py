@@ -72,10 +72,6 @@ class Deltas(Protocol):
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """The delta of rows [first, last) of the place, written into `out` (T, C) and returned."""
 
-    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
-        """`value` (T, C) plus the same delta, in place, bit for bit as if that was made first; `spare` (T, C) is memory
-        for it."""
-
     def squared_norm(self) -> Tensor:
         """The squared Frobenius norm of the whole region's delta, on the device."""
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 FLOAT64 = 8
 PIECE_ELEMENTS = 2**21
 """Elements of the base that are worked on with one reading of the factors, at most."""
-ONE_GO = 128
-"""The highest rank that every BLAS sums up in registers before it adds the sums to what they are added to."""
 SAFE_EXPONENT = 64
 """Powers of two up to this, and down to its inverse, cannot overflow or underflow in a product of adapter values."""
 
@@ -57,14 +55,6 @@ class ScaledProducts:
             right_KC = torch.nn.functional.pad(right_KC, (0, int(right_KC.shape[1] == 1)))
             out.copy_((left_TK @ right_KC)[: out.shape[0], : out.shape[1]])
         return out if self._scaling == 1.0 else out.mul_(self._scaling)
-
-    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
-        """`value + D`; in one step where D is a product alone, since BLAS sums the products of an element before it
-        adds them to what is there, as long as it takes the rank in one go."""
-        rank, width = self._right_KC.shape
-        if self._scaling != 1.0 or rank > ONE_GO or 1 in (width, rows[1] - rows[0]):
-            return value.add_(self.into(spare, rows))
-        return value.addmm_(self._left_TK[rows[0] - self._origin : rows[1] - self._origin], self._right_KC)
 
     def squared_norm(self) -> Tensor:
         """From the factors alone: `||L R||^2 = sum((L.T L) * (R R.T))`, far fewer operations than the product has."""
@@ -121,10 +111,6 @@ class VectorRows:
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """Rows [first, last) of it, (T, 1)."""
         return out.copy_(self._vector[slice(*rows), None])
-
-    def add_to(self, value: Tensor, rows: tuple[int, int], spare: Tensor) -> Tensor:
-        """`value` (T, 1) plus rows [first, last) of it."""
-        return value.add_(self._vector[slice(*rows), None])
 
     def squared_norm(self) -> Tensor:
         """The sum of squares of the region's rows."""

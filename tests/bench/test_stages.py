@@ -12,7 +12,7 @@ from tests.bench.processes import BENCH, bench, cells, python, section
 
 WAYS = ("mapped", "pread", "direct", "read-ahead")
 PAGES = 100
-STEPS = ("widening", "product, added", "rounding", "finiteness", "digest")
+STEPS = ("product", "widening", "adding", "rounding", "finiteness", "digest")
 
 
 @pytest.fixture(scope="module")
