@@ -87,19 +87,32 @@ class Stream:
         for first in range(start, end, PIECE):
             last = min(first + PIECE, end)
             buffer = sink.lease()
-            if self._stop.is_set():
-                raise Cancelled
-            piece = buffer[: last - first]
-            self.producer.fill(number, first, last, piece)
+            try:
+                if self._stop.is_set():
+                    raise Cancelled
+                piece = buffer[: last - first]
+                self.producer.fill(number, first, last, piece)
+                origin = self.producer.verbatim(number, first, last)
+            except BaseException:
+                sink.release(buffer)
+                raise
             digest.update(piece)
-            sink.commit(number, first, buffer, last - first, self.producer.verbatim(number, first, last))
+            sink.commit(number, first, buffer, last - first, origin)
         self._digests[number][block] = digest.hexdigest()
 
 
 def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, stop: threading.Event) -> None:
-    """Do all jobs on `workers` threads; the first failure stops the others and is raised."""
+    """Do all jobs on `workers` threads; the first failure sets `stop`, which ends the others, and is raised."""
+
+    def attempt(job: Any) -> None:
+        try:
+            work(job)
+        except BaseException:
+            stop.set()
+            raise
+
     with ThreadPoolExecutor(workers, thread_name_prefix="streammerge") as pool:
-        futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
+        futures: list[Future[None]] = [pool.submit(attempt, job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -26,6 +26,9 @@ class Sink(Protocol):
     def lease(self) -> memoryview:
         """PIECE bytes of aligned memory. Raises what an earlier write failed with."""
 
+    def release(self, buffer: memoryview) -> None:
+        """Take back a leased buffer that will not be written: without it somebody would wait for ever."""
+
     def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
         """Write the first `size` bytes of a leased buffer to output file `number`, sooner or later."""
 
@@ -36,7 +39,24 @@ class Sink(Protocol):
         """Let go of everything, finished or not."""
 
 
-class WriteBehind:
+class Buffers:
+    """So many aligned buffers of PIECE bytes."""
+
+    def __init__(self, count: int) -> None:
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(io.aligned_buffer(PIECE))
+
+    def lease(self) -> memoryview:
+        """A free buffer, as soon as there is one."""
+        return self._free.get()
+
+    def release(self, buffer: memoryview) -> None:
+        """The buffer is free again."""
+        self._free.put(buffer)
+
+
+class WriteBehind(Buffers):
     """Buffers, and the threads that do the writing.
 
     Ends are waited for on a condition, not by joining threads: a join that a signal handler interrupts by an exception
@@ -44,9 +64,7 @@ class WriteBehind:
     """
 
     def __init__(self, buffers: int) -> None:
-        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        for _ in range(buffers):
-            self._free.put(io.aligned_buffer(PIECE))
+        super().__init__(buffers)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="streammerge-write")
         self._failure: BaseException | None = None
         self._closing = False
@@ -55,9 +73,9 @@ class WriteBehind:
 
     def lease(self) -> memoryview:
         """A free buffer, as soon as there is one; raises what an earlier write failed with."""
-        buffer = self._free.get()
+        buffer = super().lease()
         if self._failure:
-            self._free.put(buffer)
+            self.release(buffer)
             raise self._failure
         return buffer
 
@@ -74,7 +92,7 @@ class WriteBehind:
         except BaseException as error:
             self._failure = self._failure or error
         finally:
-            self._free.put(buffer)
+            self.release(buffer)
             with self._changed:
                 self._under_way -= 1
                 self._changed.notify_all()

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import queue
-
-from streammerge.core import io
-from streammerge.planning.memory import PIECE
-from streammerge.sinks.buffers import Origin
+from streammerge.sinks.buffers import Buffers, Origin
 
 
-class NullSink:
-    """Takes pieces and forgets them."""
-
-    def __init__(self, buffers: int) -> None:
-        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        for _ in range(buffers):
-            self._free.put(io.aligned_buffer(PIECE))
-
-    def lease(self) -> memoryview:
-        """A buffer; there is always one for each worker."""
-        return self._free.get()
+class NullSink(Buffers):
+    """Takes pieces and forgets them. With a buffer for each worker, nobody ever waits."""
 
     def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
         """The buffer is free again."""
-        self._free.put(buffer)
+        self.release(buffer)
 
     def finish(self) -> None:
         """Nothing is under way."""

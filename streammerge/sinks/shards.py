@@ -94,6 +94,10 @@ class ShardSink:
         """Memory for a piece. Raises what an earlier write failed with."""
         return self._behind.lease()
 
+    def release(self, buffer: memoryview) -> None:
+        """Take back what will not be written."""
+        self._behind.release(buffer)
+
     def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
         """Write the first `size` bytes of a leased buffer to file `number`, which may begin with those of `origin`."""
         file = self.files[number]

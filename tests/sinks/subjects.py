@@ -19,7 +19,7 @@ from streammerge import stream, verification
 from streammerge.compute import worker
 from streammerge.core import digests
 from streammerge.planning import memory, tiles
-from streammerge.sinks import buffers, hashes, null, shards
+from streammerge.sinks import buffers, hashes, shards
 from tests.refusals.making import CONFIG, PREFIX, Stored, make_adapter, normal, stored, values_of, write_json
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def rounded(values: np.ndarray, dtype: str) -> bytes:
 def make_small(patch: pytest.MonkeyPatch, *, piece: int = 2**14, block: int = 5 * 2**14, tile: int = 2**10) -> None:
     """Small pieces, blocks and tiles, whose sizes stand to each other as the real ones do."""
     assert block % piece == 0
-    for module in (memory, stream, worker, buffers, hashes, null, shards, verification):
+    for module in (memory, stream, worker, buffers, hashes, shards, verification):
         assert module.PIECE == REAL_PIECE
         patch.setattr(module, "PIECE", piece)
     patch.setattr(digests, "BLOCK", block)
