@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from streammerge.core.errors import StreamMergeError
 
 if TYPE_CHECKING:
-    from streammerge.api import inspect, merge, plan, verify
+    from streammerge.api import inspect, merge, plan, status, verify
     from streammerge.core.options import Options
     from streammerge.inspection import AdapterStatus
     from streammerge.planning.model import MergePlan
     from streammerge.report import Report
+    from streammerge.standing import OutputStatus
     from streammerge.stream import Event
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "Event",
     "MergePlan",
     "Options",
+    "OutputStatus",
     "Report",
     "StreamMergeError",
     "inspect",
     "merge",
     "plan",
+    "status",
     "verify",
 ]
 
@@ -41,10 +44,12 @@ _HOMES = {
     "Event": "stream",
     "MergePlan": "planning.model",
     "Options": "core.options",
+    "OutputStatus": "standing",
     "Report": "report",
     "inspect": "api",
     "merge": "api",
     "plan": "api",
+    "status": "api",
     "verify": "api",
 }
 

@@ -1,4 +1,4 @@
-"""The library's front door: plan, merge, inspect, verify. Silent, without exits, leaving the process as it was."""
+"""The library's front door. Silent, without exits, leaving the process as it was."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from streammerge.sinks.directory import MARKER
 from streammerge.sources.adapter import Adapter, open_adapter
 from streammerge.sources.ahead import ReadAhead
 from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
+from streammerge.standing import OutputStatus, status_of
 from streammerge.stream import Event, Inputs, silent
 from streammerge.verification import (
     DEFAULT_SAMPLE,
@@ -119,6 +120,11 @@ def verify(
     share = 1.0 if full else sample or DEFAULT_SAMPLE
     rederived = verify_against(plan_again, inputs, path, document, share, chosen.device)
     return Report(path, document, "verified", time.monotonic() - began, checked, rederived)
+
+
+def status(output: PathLike) -> OutputStatus:
+    """What an output directory holds, and what a run into it would do. Reads no weights."""
+    return status_of(Path(output))
 
 
 def _prepare(

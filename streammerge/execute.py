@@ -13,14 +13,16 @@ from typing import Any
 from streammerge.compute.devices import device_of
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import NoSpaceError, StreamMergeError, UsageError
+from streammerge.core.errors import AdapterError, NoSpaceError, StreamMergeError, UsageError
 from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
-from streammerge.report import Report, WrittenFile, document_of
+from streammerge.report import Report, WrittenFile, document_of, origin_of
 from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
 from streammerge.sinks.hashes import FileHashes
-from streammerge.sinks.shards import ShardSink, copy_file
+from streammerge.sinks.journal import read_journal
+from streammerge.sinks.recovery import Recovered, recover
+from streammerge.sinks.shards import ShardSink, Told, copy_file
 from streammerge.sources.checkpoint import LOCAL, Checkpoint
 from streammerge.stream import Event, Inputs, Progress, Stream, silent
 
@@ -51,25 +53,31 @@ def execute(
     began, chosen = time.monotonic(), options or Options()
     directory = OutputDirectory(output)
     directory.refuse_inside([inputs.checkpoint.facts.root, *(adapter.facts.root for adapter in inputs.adapters)])
-    fingerprint = fingerprint_of(plan, inputs.checkpoint)
+    sizes = [shard.size for shard in plan.shards]
+    identity = {"fingerprint": fingerprint_of(plan, inputs.checkpoint), **origin_of(plan)}
+    about = {**identity, "sizes": sizes, "inputs": whereabouts(inputs)}
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
     if chosen.overwrite or directory.state() is not State.FINISHED:
         check_space(plan, output, directory.reclaimable())
         refuse_io(chosen.io, output)
-    if not directory.claim(plan.digest(), fingerprint, files, overwrite=chosen.overwrite):
-        document = strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
-        return Report(output, document, "already complete", time.monotonic() - began)
-    publisher = Publisher(plan, inputs, directory, progress)
     try:
-        how = publisher.write_shards(chosen)
-        document = publisher.publish(fingerprint)
-    except BaseException:
-        publisher.close()
-        with contextlib.suppress(StreamMergeError):
-            # What cannot be removed now stays behind as an unfinished run, which the next one removes.
-            directory.abandon()
-        raise
+        if not directory.claim(about, files, overwrite=chosen.overwrite):
+            return Report(output, read_report(output), "already complete", time.monotonic() - began)
+        publisher = Publisher(plan, inputs, directory, progress)
+        try:
+            how = publisher.write_shards(chosen)
+            document = publisher.publish(identity["fingerprint"])
+        except BaseException as error:
+            publisher.give_up(error)
+            raise
+    finally:
+        directory.release()
     return Report(output, document, "done", time.monotonic() - began, io=how, notes=plan.notes)
+
+
+def read_report(output: Path) -> dict[str, Any]:
+    """The report of a finished result."""
+    return strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
 
 
 def refuse_io(mode: str, output: Path) -> None:
@@ -102,22 +110,30 @@ class Publisher:
         self.plan, self.inputs, self.directory, self.progress = plan, inputs, directory, progress
         self._finished = 0
         self._lock = threading.Lock()
-        self._hashes = FileHashes(directory.staging) if plan.options.get("sha256") else None
+        self._hashes = FileHashes() if plan.options.get("sha256") else None
+        self._recovered = Recovered()
 
     def write_shards(self, options: Options) -> str:
-        """Write every weight file into the staging area; how they were written."""
-        plan = self.plan
+        """Write every weight file into the staging area, but for what an earlier run has left there; how they were
+        written."""
+        plan, workers = self.plan, self.plan.figures.workers
         self.progress(Event("start", plan.figures.write, count=len(plan.shards)))
-        tell = (lambda count: self.progress(Event("bytes", count)), self._wrote_file)
-        count = buffer_count(plan.figures.workers)
-        sink = ShardSink(plan.shards, self.directory.staging, options.io, count, tell)
+        self._recovered = recover(plan.shards, self.directory.run, self.directory.path, workers)
+        there = self._recovered.blocks
+        if there:
+            spans = (block_range(block, plan.shards[number].size) for number, block in there)
+            self.progress(Event("resume", sum(end - start for start, end in spans), count=len(there)))
+        told = Told(lambda count: self.progress(Event("bytes", count)), self._wrote_file)
+        sink = ShardSink(
+            plan.shards, self.directory.run, options.io, buffer_count(workers), told, self._recovered.files
+        )
         stream = Stream(plan, self.inputs, device_of(options.device))
-        self._files, self._stats = stream.into(sink), stream.stats
+        self._files, self._stats = stream.into(sink, there), stream.stats
         return sink.io
 
     def _wrote_file(self, shard: OutputShard) -> None:
         if self._hashes:
-            self._hashes.add(shard.file)
+            self._hashes.add(shard.file, self._published.get(shard.file, self.directory.run / shard.file))
         with self._lock:
             self._finished += 1
             event = Event("shard", shard.size, shard.file, self._finished, len(self.plan.shards))
@@ -129,10 +145,10 @@ class Publisher:
         plan, directory = self.plan, self.directory
         sidecars = {}
         for sidecar in plan.sidecars:
-            size, blocks = copy_file(sidecar.path, directory.staging / sidecar.name)
+            size, blocks = copy_file(sidecar.path, directory.run / sidecar.name)
             sidecars[sidecar.name] = WrittenFile(size, tuple(blocks))
             if self._hashes:
-                self._hashes.add(sidecar.name)
+                self._hashes.add(sidecar.name, directory.run / sidecar.name)
         late = {name: data for name, data in ((INDEX, plan.index), (CONFIG, plan.config)) if data is not None}
         for name, data in late.items():
             spans = [block_range(n, len(data)) for n in range(block_count(len(data)))]
@@ -142,19 +158,37 @@ class Publisher:
             sums = self._hashes.results() | {name: hashlib.sha256(data).hexdigest() for name, data in late.items()}
             files, sidecars = ({n: replace(f, sha256=sums[n]) for n, f in some.items()} for some in (files, sidecars))
         document = document_of(plan, fingerprint, self._stats, files, sidecars)
-        origin = {
-            "base": _where(self.inputs.checkpoint.facts.origin, self.inputs.checkpoint.facts.identity),
-            "adapters": [_where(item.facts.root, item.facts.identity) for item in self.inputs.adapters],
-            **({"rules": self.inputs.rules} if self.inputs.rules else {}),
-        }
-        late |= {INPUTS: strict_json.dumps(origin), MARKER: strict_json.dumps(document)}
-        directory.publish([*files, *(sidecar.name for sidecar in plan.sidecars)], late)
+        late |= {INPUTS: strict_json.dumps(whereabouts(self.inputs)), MARKER: strict_json.dumps(document)}
+        staged = [name for name in files if name not in self._published]
+        directory.publish([*staged, *(sidecar.name for sidecar in plan.sidecars)], late)
         return document
 
-    def close(self) -> None:
-        """Stop what goes on beside."""
+    @property
+    def _published(self) -> dict[str, Path]:
+        """The weight files that an earlier run has put in place already."""
+        kept = (found.path for found in self._recovered.files.values() if found.complete)
+        return {path.name: path for path in kept if path.parent == self.directory.path}
+
+    def give_up(self, error: BaseException) -> None:
+        """Stop what goes on beside, and leave what the same command can go on with; nothing where it would meet the
+        same refusal again, or where there is nothing yet."""
         if self._hashes:
             self._hashes.close()
+        with contextlib.suppress(StreamMergeError):
+            # What cannot be removed now stays behind as an unfinished run, which the next one goes on with.
+            if isinstance(error, AdapterError) or not read_journal(self.directory.run):
+                self.directory.abandon()
+            else:
+                self.directory.withdraw()
+
+
+def whereabouts(inputs: Inputs) -> dict[str, Any]:
+    """Where a later command finds what went into an output."""
+    return {
+        "base": _where(inputs.checkpoint.facts.origin, inputs.checkpoint.facts.identity),
+        "adapters": [_where(item.facts.root, item.facts.identity) for item in inputs.adapters],
+        **({"rules": inputs.rules} if inputs.rules else {}),
+    }
 
 
 def _where(path: Path, identity: str) -> str:

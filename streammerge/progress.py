@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from streammerge.core.text import printable, size_text
+from streammerge.core.text import count_text, printable, size_text
 from streammerge.stream import Event
 
 GROUP = "streammerge.merge"
@@ -28,7 +28,7 @@ class Bar:
         self._quiet = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "TRUE", "YES", "ON")
         self._lock = threading.Lock()
         self._bar: Any = None
-        self._done, self._total, self._began = 0, 0, time.monotonic()
+        self._done, self._there, self._total, self._began = 0, 0, 0, time.monotonic()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -40,6 +40,8 @@ class Bar:
                     self._done += event.bytes
                     if self._bar is not None:
                         self._bar.update(event.bytes)
+                case "resume":
+                    self._resume(event)
                 case "shard":
                     self._shard(event)
                 case "verify" if event.bytes:
@@ -54,7 +56,7 @@ class Bar:
             self._bar = None
 
     def _start(self, total: int, word: str) -> None:
-        self._done, self._total, self._began = 0, total, time.monotonic()
+        self._done, self._there, self._total, self._began = 0, 0, total, time.monotonic()
         if self._terminal:
             from huggingface_hub.utils.tqdm import tqdm
 
@@ -69,14 +71,23 @@ class Bar:
                 leave=False,
             )
 
+    def _resume(self, event: Event) -> None:
+        """What is there already moves the bar, and says nothing of the speed."""
+        self._there = event.bytes
+        if self._bar is not None:
+            self._bar.update(event.bytes)
+        blocks = count_text(event.count, "block")
+        self._line(f"resuming: {size_text(event.bytes)} are there already, {blocks} read again and found good")
+
     def _shard(self, event: Event) -> None:
         if self._bar is not None:
             self._bar.set_description_str(f"{event.number}/{event.count} {printable(event.file)}"[:40])
             return
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = self._done / seconds
-        left = (self._total - self._done) / rate if rate else 0
-        share = self._done / self._total if self._total else 1
+        done = self._done + self._there
+        left = (self._total - done) / rate if rate else 0
+        share = done / self._total if self._total else 1
         file = f"{event.number}/{event.count} {printable(event.file)}  {size_text(event.bytes)}"
         self._line(f"{file}  {share:.0%}  {size_text(rate)}/s  {duration_text(left)} left")
 

@@ -132,6 +132,20 @@ def _shared(value: float) -> float:
     return float(f"{value:.9g}")
 
 
+def origin_of(plan: MergePlan) -> dict[str, Any]:
+    """What a plan was made from, as reports and unfinished runs say it."""
+    return {
+        "arithmetic": plan.arithmetic,
+        "plan": plan.digest(),
+        "base": {"id": plan.base.identity, "digest": plan.base.digest, "files": dict(plan.base.files)},
+        "adapters": [
+            {"id": item.identity, "digest": item.digest, "weight": item.weight, "ignored": dict(item.ignored)}
+            for item in plan.adapters
+        ],
+        "options": {name: list(value) if isinstance(value, tuple) else value for name, value in plan.options.items()},
+    }
+
+
 def document_of(
     plan: MergePlan,
     fingerprint: str,
@@ -142,15 +156,8 @@ def document_of(
     """`streammerge.json` as a value, its own digest included."""
     document: dict[str, Any] = {
         "streammerge": REPORT_VERSION,
-        "arithmetic": plan.arithmetic,
-        "plan": plan.digest(),
         "fingerprint": fingerprint,
-        "base": {"id": plan.base.identity, "digest": plan.base.digest, "files": dict(plan.base.files)},
-        "adapters": [
-            {"id": item.identity, "digest": item.digest, "weight": item.weight, "ignored": dict(item.ignored)}
-            for item in plan.adapters
-        ],
-        "options": {name: list(value) if isinstance(value, tuple) else value for name, value in plan.options.items()},
+        **origin_of(plan),
         "tensors": {tensor.name: _tensor_data(tensor, stats) for tensor in plan.changed},
         "dropped": dict(plan.dropped),
         "config_edits": [[list(path), value] for path, value in plan.config_edits],

@@ -6,8 +6,9 @@ an error stops all of them at the next piece.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,23 @@ import xxhash
 from streammerge.compute.devices import DeviceMaker
 from streammerge.compute.lanes import Cpu
 from streammerge.compute.produce import Producer
+from streammerge.compute.tile import TileStats
 from streammerge.core import io
 from streammerge.core.digests import block_count, block_range
+from streammerge.core.errors import StreamMergeError
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
 from streammerge.report import StatsCollector, WrittenFile
-from streammerge.sinks.buffers import Sink
+from streammerge.sinks.buffers import Origin, Sink
+from streammerge.sinks.journal import Block, Made
 from streammerge.sources.adapter import Adapter
 from streammerge.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a progress callback gets. `kind` is `start` (bytes in all), `bytes` (written since the last), `shard` (a
-    file was finished), `publish` or `verify`."""
+    """What a progress callback gets. `kind` is `start` (bytes in all), `resume` (bytes of `count` blocks that an
+    earlier run has left), `bytes` (written since the last), `shard` (a file was finished), `publish` or `verify`."""
 
     kind: str
     bytes: int = 0
@@ -65,17 +69,26 @@ class Stream:
     def __init__(self, plan: MergePlan, inputs: Inputs, device: DeviceMaker = Cpu) -> None:
         self.plan = plan
         self.stats = StatsCollector(plan)
-        self.producer = Producer(plan, inputs.checkpoint, inputs.adapters, self.stats, device)
+        self.producer = Producer(plan, inputs.checkpoint, inputs.adapters, self._note, device)
+        self._local = threading.local()
         self._digests = [[""] * block_count(shard.size) for shard in plan.shards]
         self._stop = threading.Event()
 
-    def into(self, sink: Sink) -> dict[str, WrittenFile]:
-        """Sizes and digests of all weight files, when the sink has them."""
-        jobs = [(n, block) for n, shard in enumerate(self.plan.shards) for block in range(block_count(shard.size))]
+    def into(self, sink: Sink, there: Mapping[Block, Made] | None = None) -> dict[str, WrittenFile]:
+        """Sizes and digests of all weight files, when the sink has them; blocks that are `there` are not made."""
+        blocks = [(n, block) for n, shard in enumerate(self.plan.shards) for block in range(block_count(shard.size))]
+        jobs = [block for block in blocks if not there or block not in there]
         try:
+            sink.start()
+            for block, made in (there or {}).items():
+                self._take(block, made)
             with self.producer.threads.kept():
                 run_jobs(jobs, lambda job: self._block(sink, *job), self.plan.figures.workers, self._stop)
             sink.finish()
+        except BaseException:
+            with contextlib.suppress(StreamMergeError):
+                sink.keep()
+            raise
         finally:
             sink.close()
         shards = zip(self.plan.shards, self._digests, strict=True)
@@ -84,21 +97,38 @@ class Stream:
     def _block(self, sink: Sink, number: int, block: int) -> None:
         start, end = block_range(block, self.plan.shards[number].size)
         digest = xxhash.xxh3_128()
+        self._local.notes = []
         for first in range(start, end, PIECE):
             last = min(first + PIECE, end)
             buffer = sink.lease()
+            piece = buffer[: last - first]
             try:
-                if self._stop.is_set():
-                    raise Cancelled
-                piece = buffer[: last - first]
-                self.producer.fill(number, first, last, piece)
-                origin = self.producer.verbatim(number, first, last)
+                origin = self._fill(number, first, last, piece)
             except BaseException:
                 sink.release(buffer)
                 raise
             digest.update(piece)
-            sink.commit(number, first, buffer, last - first, origin)
-        self._digests[number][block] = digest.hexdigest()
+            made = Made(digest.hexdigest(), tuple(self._local.notes)) if last == end else None
+            if made:
+                self._take((number, block), made)
+            sink.commit(number, first, buffer, last - first, origin, made)
+
+    def _fill(self, number: int, start: int, end: int, into: memoryview) -> Origin | None:
+        """Make a piece, unless all is to stop; where its bytes lie in the base as they are, if they do."""
+        if self._stop.is_set():
+            raise Cancelled
+        self.producer.fill(number, start, end, into)
+        return self.producer.verbatim(number, start, end)
+
+    def _note(self, tensor: str, tile: int, stats: TileStats) -> None:
+        """Remember a measurement with the block that this thread is at."""
+        self._local.notes.append((tensor, tile, stats))
+
+    def _take(self, block: Block, made: Made) -> None:
+        """Enter a finished block into the results."""
+        self._digests[block[0]][block[1]] = made.digest
+        for note in made.notes:
+            self.stats(*note)
 
 
 def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, stop: threading.Event) -> None:

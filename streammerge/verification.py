@@ -25,8 +25,8 @@ from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
-from streammerge.report import Report, malformed_part, own_digest
-from streammerge.sinks.directory import INPUTS, MARKER, STAGING
+from streammerge.report import Report, malformed_part, origin_of, own_digest
+from streammerge.sinks.directory import INPUTS, MARKER, STAGING, told_apart
 from streammerge.stream import Event, Inputs, Progress, derived_digest, run_jobs, silent
 
 DEFAULT_SAMPLE = 0.05
@@ -119,7 +119,7 @@ def verify_against(
     """
     findings = _Findings(output)
     if document["plan"] != plan.digest():
-        findings.problems.append(_other_plan(document, plan))
+        findings.problems.append(f"the output was made from another {told_apart(document, origin_of(plan))}")
     elif document["fingerprint"] != fingerprint_of(plan, inputs.checkpoint):
         findings.problems.append("the base's weights are not those the output was made from")
     findings.raise_if_any()
@@ -240,14 +240,3 @@ def _pieces(path: Path, start: int, end: int) -> Iterator[bytearray]:
             yield io.read_at(fd, str(path), first, min(PIECE, end - first))
     finally:
         io.close(fd)
-
-
-def _other_plan(document: Mapping[str, Any], plan: MergePlan) -> str:
-    parts: Sequence[tuple[str, object, object]] = (
-        ("base", document["base"]["digest"], plan.base.digest),
-        ("adapters", [item["digest"] for item in document["adapters"]], [item.digest for item in plan.adapters]),
-        ("weights", [item["weight"] for item in document["adapters"]], [item.weight for item in plan.adapters]),
-        ("arithmetic version", document["arithmetic"], plan.arithmetic),
-    )
-    differing = [name for name, theirs, ours in parts if theirs != ours] or ["plan"]
-    return f"the output was made from another {', '.join(differing)}"

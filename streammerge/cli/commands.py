@@ -68,6 +68,8 @@ def _json_progress(output: Output) -> Progress:
                 output.line("shard", shard)
             elif event.kind == "start":
                 output.line("start", {"bytes": event.bytes, "shards": event.count})
+            elif event.kind == "resume":
+                output.line("resume", {"bytes": event.bytes, "blocks": event.count})
 
     return show
 
@@ -146,3 +148,10 @@ def verify(arguments: argparse.Namespace, output: Output) -> None:
     output.document(report.as_data())
     rederived = f", {count_text(report.rederived, 'block')} derived again from the inputs" if report.rederived else ""
     output.result(f"{report.output}: verified, {count_text(report.checked, 'block')} checked{rederived}")
+
+
+def status(arguments: argparse.Namespace, output: Output) -> None:
+    """`streammerge status`: what is there, for people or as JSON."""
+    found = api.status(arguments.output)
+    output.document(found.as_data())
+    output.result(str(found))

@@ -23,7 +23,7 @@ from streammerge.core.errors import StreamMergeError, UsageError
 from streammerge.core.options import DEFAULT_MEMORY, Options
 from streammerge.core.text import parse_size, size_text
 
-COMMANDS = ("run", "plan", "inspect", "verify", "demo")
+COMMANDS = ("run", "plan", "inspect", "verify", "status", "demo")
 EPILOG = (
     "exit codes: 0 done, 2 usage, 3 input, 4 adapter does not fit, 5 output exists, 6 verification, 7 writing, "
     "128+n signal n"
@@ -67,6 +67,7 @@ def _command(name: str) -> Callable[[argparse.Namespace, Output], None]:
         "plan": commands.plan,
         "inspect": commands.inspect,
         "verify": commands.verify,
+        "status": commands.status,
         "demo": demo.run,
     }
     return table[name]
@@ -102,12 +103,20 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = {"run": _add_run, "plan": _add_plan, "inspect": _add_inspect, "verify": _add_verify, "demo": _add_demo}
+    adders = {
+        "run": _add_run,
+        "plan": _add_plan,
+        "inspect": _add_inspect,
+        "verify": _add_verify,
+        "status": _add_status,
+        "demo": _add_demo,
+    }
     for name, help in (
         ("run", "merge adapters into a base"),
         ("plan", "say what would be done, with memory, disk and time figures"),
         ("inspect", "what is in an adapter, and what it would touch"),
         ("verify", "prove a finished output against its inputs"),
+        ("status", "what an output directory holds, and what a run into it would do"),
         ("demo", "build a small example, merge it, verify it"),
     ):
         command = subparsers.add_parser(
@@ -189,6 +198,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
     share.add_argument("--full", action="store_true", help="derive all of it again")
     _add_options(parser, ("workers", "memory", "read", "rules"))
+    parser.add_argument("--json", action="store_true", help="JSON on stdout")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="OUT", help="an output directory: finished, unfinished, or not there yet")
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 

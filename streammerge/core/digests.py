@@ -24,6 +24,11 @@ def block_range(number: int, size: int) -> tuple[int, int]:
     return number * BLOCK, min((number + 1) * BLOCK, size)
 
 
+def block_number(offset: int) -> int:
+    """The block that holds a byte of a file."""
+    return offset // BLOCK
+
+
 def block_digest(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
     """The digest of one block, given in pieces."""
     digest = xxhash.xxh3_128()

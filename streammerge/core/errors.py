@@ -355,7 +355,7 @@ class WriteError(StreamMergeError, OSError):
     """An operation on the output failed."""
 
     exit_code: ClassVar[int] = 7
-    meaning: ClassVar[str] = "I/O failed while writing, or there is not the space to start; run the same command again"
+    meaning: ClassVar[str] = "I/O failed while writing, or there is not the space to start; the same command goes on"
     path: str = ""
     operation: str = "write"
     reason: str = ""
@@ -383,7 +383,7 @@ class NoSpaceError(WriteError):
 class Interrupted(StreamMergeError):
     """Stopped by a signal between two tiles."""
 
-    meaning: ClassVar[str] = "stopped by a signal; run the same command again"
+    meaning: ClassVar[str] = "stopped by a signal; the same command goes on"
     signum: int = 0
 
     @property
@@ -392,4 +392,4 @@ class Interrupted(StreamMergeError):
         return 128 + self.signum
 
     def summary(self) -> str:
-        return f"stopped by signal {self.signum}; the same command starts the merge again"
+        return f"stopped by signal {self.signum}; the same command goes on from here"

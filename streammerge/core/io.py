@@ -1,8 +1,7 @@
 """Every file operation of the package, reads included.
 
-Other rooms call these functions through the module (`io.fsync(fd, path)`), so that a test can fail, shorten, reorder
-or kill the n-th one. Operations on the output raise WriteError, operations on inputs InputReadError; both name the
-path and the operation.
+Other rooms call these functions through the module (`io.fsync(fd, path)`), so that a test can fail, shorten or kill the
+n-th one. Operations on the output raise WriteError, those on inputs InputReadError; both name path and operation.
 """
 
 from __future__ import annotations
@@ -226,9 +225,34 @@ def make_dirs(path: str | os.PathLike[str]) -> None:
 def create(path: str | os.PathLike[str], *, direct: bool = False) -> int:
     """A write descriptor of a new file with mode 0666 & ~umask, past the page cache if asked for; an existing path is
     never opened for writing."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if direct else 0)
-    with _writing(path, "create"):
-        return os.open(path, flags, 0o666)
+    return _open(path, "create", os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0))
+
+
+def open_again(path: str | os.PathLike[str], *, direct: bool = False) -> int:
+    """A write descriptor of a file that an earlier run of ours began; never through a link."""
+    return _open(path, "open", os.O_DIRECT if direct else 0)
+
+
+def open_journal(path: str | os.PathLike[str]) -> int:
+    """A descriptor that adds to the end of a file, which is created where it is not there."""
+    return _open(path, "create", os.O_CREAT | os.O_APPEND)
+
+
+def _open(path: str | os.PathLike[str], operation: str, flags: int) -> int:
+    with _writing(path, operation):
+        return os.open(path, flags | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def append(fd: int, path: str, data: bytes) -> None:
+    """Add `data` to the end of a journal."""
+    with _writing(path, "write"):
+        while data:
+            data = data[os.write(fd, data) :]
+
+
+def open_lock(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a file that is there for nothing but its lock."""
+    return _open(path, "create", os.O_CREAT)
 
 
 def takes_direct_writes(folder: str | os.PathLike[str]) -> bool:
@@ -267,12 +291,6 @@ def _fallocate(fd: int, size: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def truncate(fd: int, path: str, size: int) -> None:
-    """Cut a file to its exact size: what was written directly ends on a multiple of ALIGNMENT."""
-    with _writing(path, "truncate"):
-        os.ftruncate(fd, size)
 
 
 def clone(source: int, source_offset: int, target: int, offset: int, size: int) -> bool:

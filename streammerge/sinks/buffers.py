@@ -14,6 +14,7 @@ from typing import Protocol
 
 from streammerge.core import io
 from streammerge.planning.memory import PIECE, WRITERS
+from streammerge.sinks.journal import Made
 from streammerge.sources.files import OpenFile
 
 Origin = tuple[OpenFile, int]
@@ -23,17 +24,26 @@ Origin = tuple[OpenFile, int]
 class Sink(Protocol):
     """Where pieces of output files go."""
 
+    def start(self) -> None:
+        """Called before anything else."""
+
     def lease(self) -> memoryview:
         """PIECE bytes of aligned memory. Raises what an earlier write failed with."""
 
     def release(self, buffer: memoryview) -> None:
         """Take back a leased buffer that will not be written: without it somebody would wait for ever."""
 
-    def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
-        """Write the first `size` bytes of a leased buffer to output file `number`, sooner or later."""
+    def commit(
+        self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None, made: Made | None
+    ) -> None:
+        """Write the first `size` bytes of a leased buffer to output file `number`, sooner or later; `made` is what is
+        known of the block that they are the last of."""
 
     def finish(self) -> None:
         """Return when everything is written. Raises what a write failed with."""
+
+    def keep(self) -> None:
+        """After a failure: make what there is last until another run goes on with it."""
 
     def close(self) -> None:
         """Let go of everything, finished or not."""

@@ -15,17 +15,16 @@ from streammerge.planning.memory import PIECE
 
 
 class FileHashes:
-    """The hashes of files below one directory, one file at a time."""
+    """The hashes of files, one file at a time."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="streammerge-sha256")
         self._found: dict[str, Future[str]] = {}
         self._stop = threading.Event()
 
-    def add(self, name: str) -> None:
-        """Hash a finished file when its turn comes."""
-        self._found[name] = self._pool.submit(self._hash, str(self._root / name))
+    def add(self, name: str, path: Path) -> None:
+        """Hash the finished file at `path` when its turn comes."""
+        self._found[name] = self._pool.submit(self._hash, str(path))
 
     def results(self) -> dict[str, str]:
         """All hashes in hexadecimal by name; raises InputReadError for a file that could not be read back."""

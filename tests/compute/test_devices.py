@@ -60,16 +60,22 @@ class Kept:
     def __init__(self, plan: MergePlan) -> None:
         self.files = [bytearray(shard.size) for shard in plan.shards]
 
+    def start(self) -> None:
+        pass
+
     def lease(self) -> memoryview:
         return memoryview(bytearray(PIECE))
 
     def release(self, buffer: memoryview) -> None:
         pass
 
-    def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: object) -> None:
+    def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: object, made: object) -> None:
         self.files[number][offset : offset + size] = buffer[:size]
 
     def finish(self) -> None:
+        pass
+
+    def keep(self) -> None:
         pass
 
     def close(self) -> None:

@@ -38,9 +38,10 @@ def unfinished(base: Path, adapter: Path, out: Path, *options: str) -> Path:
     merged(base, adapter, complete, *options)
     fingerprint = json.loads((complete / MARKER).read_text())["fingerprint"]
     files = [shard_name(0, 2), shard_name(1, 2), "generation_config.json"]
-    (out / STAGING).mkdir(parents=True)
-    (out / STAGING / "run.json").write_text(json.dumps({"fingerprint": fingerprint, "plan": "", "files": files}))
-    (out / STAGING / f"{shard_name(1, 2)}.4711.tmp").write_bytes(b"half")
+    run = out / STAGING / fingerprint[:16]
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"fingerprint": fingerprint, "plan": "", "files": files}))
+    (run / f"{shard_name(1, 2)}.4711.part").write_bytes(b"half")
     shutil.copy(complete / shard_name(0, 2), out)
     return complete
 
@@ -131,11 +132,18 @@ def test_options_that_change_no_byte_belong_to_the_same_plan(tmp_path: Path) -> 
     assert "already complete" in outcome.err
 
 
-@pytest.mark.parametrize("options", [("--dtype", "float32"), ("--weight", "0.5"), ("--max-shard-size", "5kB")])
-def test_the_finished_result_of_other_options_is_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--dtype", "float32"), "`--dtype` (auto there, float32 here)"),
+        (("--weight", "0.5"), "another weight of an adapter"),
+        (("--max-shard-size", "5kB"), "`--max-shard-size` (keep there, 5kB here)"),
+    ],
+)
+def test_the_finished_result_of_other_options_is_refused(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
     base, adapter = inputs_at(tmp_path)
     merged(base, adapter, tmp_path / "out")
-    words = ("holds the finished result of another merge", "made by another plan", "--overwrite")
+    words = ("holds the finished result of another merge", "it was made from another ", said, "--overwrite")
     stopped(base, adapter, tmp_path / "out", *words, options=options)
 
 
@@ -151,7 +159,7 @@ def test_the_finished_result_of_a_base_whose_weights_changed_is_refused(tmp_path
     merged(base, adapter, tmp_path / "out")
     weights = base / shard_name(0, 2)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x42")
-    stopped(base, adapter, tmp_path / "out", "holds the finished result of another merge", "made from other inputs")
+    stopped(base, adapter, tmp_path / "out", "holds the finished result of another merge", "the base's weights")
 
 
 def test_overwrite_replaces_a_finished_result_and_leaves_nothing_of_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from streammerge.compute.produce import Producer
 from streammerge.core import io
 from tests.refusals.making import (
     BASE_CONFIG,
@@ -103,11 +104,28 @@ def test_a_failure_while_writing_leaves_nothing_loadable_and_can_be_resumed(
         assert word in outcome.err
 
 
-def test_a_failure_that_is_over_leaves_an_empty_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_after_all_was_made_leaves_all_to_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = inputs_at(tmp_path)
     with monkeypatch.context() as patch:
         once = failing(os.replace, errno.EIO, when=lambda source, target: str(target).endswith(f"out/{SECOND}"))
         patch.setattr(os, "replace", once)
+        assert call("run", base, adapter, "-o", tmp_path / "out").code == 7
+    assert_nothing_loadable(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "fill", lambda *_: pytest.fail("made again"))
+        outcome = call("run", base, adapter, "-o", tmp_path / "out", "--no-verify")
+    assert outcome.code == 0, outcome.err
+    assert "resuming: " in outcome.err
+
+
+def test_a_failure_before_anything_was_made_leaves_an_empty_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs_at(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing(os.pwrite, errno.EIO, when=always, at=2))
         assert call("run", base, adapter, "-o", tmp_path / "out").code == 7
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -123,7 +141,7 @@ def test_a_device_that_is_gone_for_good_leaves_an_unfinished_run_and_the_first_e
     assert outcome.code == 7
     assert "cannot write `" in outcome.err
     assert "Input/output error" in outcome.err
-    assert (tmp_path / "out" / STAGING / "run.json").exists()
+    assert list((tmp_path / "out" / STAGING).glob("*/run.json"))
     assert_nothing_loadable(tmp_path / "out")
     merged(base, adapter, tmp_path / "out")
     merged(base, adapter, tmp_path / "healthy")

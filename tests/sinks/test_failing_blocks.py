@@ -15,7 +15,7 @@ from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan
 from streammerge.sinks.buffers import Sink
 from streammerge.sinks.null import NullSink
-from streammerge.sinks.shards import ShardSink
+from streammerge.sinks.shards import ShardSink, Told
 from streammerge.sources.adapter import open_adapter
 from streammerge.sources.checkpoint import open_checkpoint
 from streammerge.stream import Cancelled, Inputs, Stream
@@ -38,8 +38,8 @@ def sink_of(kind: str, plan: MergePlan, staging: Path) -> Sink:
     if kind == "null":
         return NullSink(WORKERS)
     staging.mkdir()
-    tell = (lambda count: None, lambda shard: None)
-    return ShardSink(plan.shards, staging, "buffered", buffer_count(WORKERS), tell)
+    told = Told(lambda count: None, lambda shard: None)
+    return ShardSink(plan.shards, staging, "buffered", buffer_count(WORKERS), told)
 
 
 @pytest.mark.parametrize("kind", ["null", "shards"])

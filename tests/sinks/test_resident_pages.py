@@ -16,6 +16,7 @@ from streammerge.core.options import Options
 from streammerge.planning.build import build_plan
 from streammerge.planning.memory import PIECE, buffer_count
 from streammerge.sinks.buffers import Origin
+from streammerge.sinks.journal import Made
 from streammerge.sinks.null import NullSink
 from streammerge.sources.adapter import open_adapter
 from streammerge.sources.checkpoint import open_checkpoint
@@ -49,9 +50,11 @@ class Looking(NullSink):
         self.path = path
         self.seen: list[int] = []
 
-    def commit(self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None) -> None:
+    def commit(
+        self, number: int, offset: int, buffer: memoryview, size: int, origin: Origin | None, made: Made | None
+    ) -> None:
         self.seen.append(resident(self.path))
-        super().commit(number, offset, buffer, size, origin)
+        super().commit(number, offset, buffer, size, origin, made)
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def test_nowhere_hands_out_as_many_buffers_as_it_was_given() -> None:
     one, two = sink.lease(), sink.lease()
     assert address(one) != address(two)
     assert len(one) == len(two) == PIECE
-    sink.commit(0, 0, one, 5, None)
+    sink.commit(0, 0, one, 5, None, None)
     assert address(sink.lease()) == address(one)
     sink.finish()
     sink.close()

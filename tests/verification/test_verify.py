@@ -125,7 +125,7 @@ def test_a_disk_that_gives_back_something_else_is_found_after_the_run(
     write = io.write_at
 
     def lying(fd: int, path: str, offset: int, data: memoryview | bytes, *, direct: bool = False) -> None:
-        if ".safetensors" in path:
+        if ".safetensors" in path and len(data) > 3000:
             data[3000] ^= 1  # type: ignore[index]
         write(fd, path, offset, data, direct=direct)
 
