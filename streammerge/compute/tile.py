@@ -26,6 +26,8 @@ Window = tuple["slice | Tensor", "slice | Tensor"]
 """Rows and columns of a tile: slices, or indices that broadcast against each other."""
 SAMPLE_EVERY = 32
 """One tile in so many is measured for how much of its delta survived rounding."""
+SAMPLE_ELEMENTS = 2**14
+"""Elements of such a tile, its first rows, that are enough for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ class TileMerger:
             outcome.sums.append(new.sum())
             if stats and touching and (sample or not only):
                 delta = value.sub_(old) if delta is None else delta
-                parts = (old, delta, self._work.take("written", old.shape).copy_(new))
+                few = measured_rows(old.shape[1], norm=not only)
+                written_few = self._work.take("written", old[few].shape).copy_(new[few])
+                parts = (old[few], delta[few], written_few)
                 outcome.measured.append(measured(tile.index, parts, norm=not only, sample=sample))
         return outcome
 
@@ -211,6 +215,11 @@ def _lines(lines: Lines, positions: tuple[int, int], origin: int) -> slice | Ten
         line, length = runs[0]
         return slice(line - origin, line - origin + (length - 1) * lines.step + 1, lines.step)
     return torch.cat([torch.arange(length) * lines.step + (line - origin) for line, length in runs])
+
+
+def measured_rows(cols: int, *, norm: bool) -> slice:
+    """The rows of a tile of so many columns that are measured: all for the norm, a few for a sample alone."""
+    return slice(None) if norm else slice(max(1, SAMPLE_ELEMENTS // cols))
 
 
 def measured(tile: int, parts: tuple[Tensor, Tensor, Tensor], *, norm: bool, sample: bool) -> Measured:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.factors import FactorReader
 from streammerge.compute.lanes import Lane, Receipt
-from streammerge.compute.tile import Measured, Outcome, TileMerger, TileStats, measured
+from streammerge.compute.tile import Measured, Outcome, TileMerger, TileStats, measured, measured_rows
 from streammerge.core.dtypes import itemsize, torch_dtype
 from streammerge.core.errors import NonFiniteError
 from streammerge.core.tensors import Operation, OutputTensor, TensorInfo
@@ -184,8 +184,9 @@ class TileWorker:
             there = made.into[at : at + value.numel() * recipe.written]
             written = _values(there, recipe.output.dtype).view(shape).to(value)
             known = torch.isfinite(weight)
-            parts = [torch.where(known, part, 0.0) for part in (weight, value - weight, written)]
             norm, sample = (not isinstance(part, float) for part in (found.delta, found.sampled))
+            few = measured_rows(shape[1], norm=norm)
+            parts = [torch.where(known, part, 0.0)[few] for part in (weight, value - weight, written)]
             return measured(tile.index, (parts[0], parts[1], parts[2]), norm=norm, sample=sample).stats()
 
     def _check_finite(self, made: _Made) -> None:

@@ -122,7 +122,7 @@ def test_a_signal_ends_a_run_with_its_code_and_leaves_nothing_loadable(
     assert f"error: stopped by signal {signum.value}; the same command goes on from here" in err
     assert "Traceback" not in err
     assert_nothing_loadable(tmp_path / "out")
-    assert list((tmp_path / "out").rglob("*.safetensors*")) == []
+    assert list((tmp_path / "out").glob("*.safetensors*")) == []
     merged(base, adapter, tmp_path / "out")
 
 
