@@ -20,13 +20,14 @@ import numpy as np
 from measure import evict
 
 from streammerge.core import io, pages
-from streammerge.core.digests import block_count, block_range
+from streammerge.core.digests import block_count, block_number, block_range
 from streammerge.core.options import Options
 from streammerge.planning.build import build_plan
 from streammerge.planning.memory import PIECE, buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
+from streammerge.sinks.journal import Made
 from streammerge.sinks.null import NullSink
-from streammerge.sinks.shards import ShardSink
+from streammerge.sinks.shards import ShardSink, Told
 from streammerge.sources.adapter import open_adapter
 from streammerge.sources.checkpoint import open_checkpoint
 from streammerge.sources.files import OpenFile, Scratch
@@ -178,7 +179,8 @@ def write_all(sink: ShardSink, sizes: Sequence[int], workers: int, sources: Sequ
             io.read_into(sources[number].fd, sources[number].path, start, buffer[: end - start])
         else:
             filler.fill(buffer)
-        sink.commit(number, start, buffer, end - start, None)
+        is_last = end == block_range(block_number(start), sizes[number])[1]
+        sink.commit(number, start, buffer, end - start, None, Made("") if is_last else None)
 
     try:
         each_piece(sizes, workers, piece)
@@ -197,6 +199,8 @@ def write_rows(paths: Sequence[Path], directory: Path, workers: int) -> Iterator
             with staging(directory) as folder:
                 evict([paths[0].parent])
                 sources = [OpenFile(path, mapped=False, direct=False) for path in paths] if copied else []
-                sink = ShardSink(shards, folder, mode, buffer_count(workers), (lambda count: None, lambda shard: None))
+                sink = ShardSink(
+                    shards, folder, mode, buffer_count(workers), Told(lambda count: None, lambda shard: None)
+                )
                 what: Row = {"stage": "write", "way": mode, "from": "cold files" if copied else "memory"}
                 yield timed(what | {"workers": workers}, sum(sizes), partial(write_all, sink, sizes, workers, sources))
