@@ -174,6 +174,8 @@ class Publisher:
         same refusal again, or where there is nothing yet."""
         if self._hashes:
             self._hashes.close()
+        if not self.directory.alone:
+            return  # what is there may be another run's, which is about to finish it
         with contextlib.suppress(StreamMergeError):
             # What cannot be removed now stays behind as an unfinished run, which the next one goes on with.
             if isinstance(error, AdapterError) or not read_journal(self.directory.run):

@@ -114,5 +114,5 @@ def _is_locked(output: Path) -> bool:
         return False
     held = lock(path)
     if held is not None:
-        io.close(held)
+        held.close()
     return held is None

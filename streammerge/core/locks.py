@@ -5,13 +5,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from dataclasses import dataclass
 
 from streammerge.core import io
 
 
-def lock(path: str | os.PathLike[str]) -> int | None:
-    """A descriptor that holds the lock of `path` until it is closed; None if another process holds it. Where the file
-    system has no locks, everybody gets one."""
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """The lock of a file, until it is closed. `alone` is False where the file system has no locks, and everybody gets
+    one."""
+
+    fd: int
+    alone: bool
+
+    def close(self) -> None:
+        """Let others have it."""
+        io.close(self.fd)
+
+
+def lock(path: str | os.PathLike[str]) -> Lock | None:
+    """The lock of `path`, a file that is made where it is not there; None if another process holds it."""
     fd = io.open_lock(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -19,4 +32,5 @@ def lock(path: str | os.PathLike[str]) -> int | None:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             io.close(fd)
             return None
-    return fd
+        return Lock(fd, alone=False)
+    return Lock(fd, alone=True)

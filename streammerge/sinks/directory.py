@@ -17,7 +17,7 @@ from typing import Any
 
 from streammerge.core import io, strict_json
 from streammerge.core.errors import InputMissingError, MalformedInputError, OutputExistsError, StreamMergeError
-from streammerge.core.locks import lock
+from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
 
 STAGING = ".streammerge"
@@ -50,7 +50,7 @@ class OutputDirectory:
         self.staging = path / STAGING
         self.run = self.staging
         """The folder of this run, once it is claimed."""
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     def state(self) -> State:
         """What is there now."""
@@ -140,7 +140,7 @@ class OutputDirectory:
     def release(self) -> None:
         """Let other processes in."""
         if self._lock is not None:
-            io.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def _refuse_foreign(self, ours: Sequence[str]) -> None:
@@ -177,6 +177,11 @@ class OutputDirectory:
             if name in late:
                 self.put(name, late[name])
         self._clear_staging()
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is certain that no other process is at work here."""
+        return self._lock is not None and self._lock.alone
 
     def withdraw(self) -> None:
         """Take back the files that make the directory loadable, unless the result is complete."""

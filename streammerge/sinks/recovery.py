@@ -46,7 +46,11 @@ def recover(shards: Sequence[OutputShard], run: Path, output: Path, workers: int
         for number, shard in enumerate(shards):
             wanted = {block: made for (file, block), made in journal.items() if file == number}
             parts = [run / name for name in there if name.startswith(f"{shard.file}.") and name.endswith(PART)]
-            kept = _best(pool, shard, wanted, [output / shard.file, run / shard.file, *parts])
+            # What is in place already is taken if it is good, and else left to be replaced: it may be another run's.
+            published = output / shard.file
+            kept = _examined(pool, shard, wanted, published) if io.exists(published) else None
+            if not (kept and kept.complete):
+                kept = _best(pool, shard, wanted, [run / shard.file, *parts])
             if kept:
                 found[number] = kept if kept.complete else _adopted(kept, run / f"{shard.file}.{os.getpid()}{PART}")
     return Recovered(found)

@@ -258,19 +258,21 @@ class ShardSink:
 def copy_file(source: str, target: Path) -> tuple[int, list[str]]:
     """Copy a sidecar into the staging area, durably; its size and the digests of its blocks."""
     io.make_dirs(target.parent)
-    io.remove(target)
+    part = target.with_name(f"{target.name}.{os.getpid()}{PART}")
+    io.remove(part)
     fd = io.open_input(source)
     try:
-        out = io.create(target)
+        out = io.create(part)
         try:
             size = io.state_of(fd, source).size
             ranges = [block_range(number, size) for number in range(block_count(size))]
-            blocks = [block_digest(_copied(fd, source, out, target, *span)) for span in ranges]
-            io.sync_file(out, str(target))
+            blocks = [block_digest(_copied(fd, source, out, part, *span)) for span in ranges]
+            io.sync_file(out, str(part))
         finally:
             io.close(out)
     finally:
         io.close(fd)
+    io.rename(part, target)
     return size, blocks
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_a_run_at_work_is_told_from_one_that_is_gone(tmp_path: Path, monkeypatch
     assert held is not None
     assert status(tmp_path / "out")["at_work"]
     assert "a run is at work on it now" in call("status", tmp_path / "out").out
-    os.close(held)
+    held.close()
     assert not status(tmp_path / "out")["at_work"]
 
 

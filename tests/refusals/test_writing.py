@@ -85,12 +85,13 @@ FAILURES = {
     "a shard's sync fails": ("fsync", errno.EIO, always, 3, "cannot sync `", "Input/output error"),
     "the first rename fails": ("replace", errno.EIO, always, 0, "cannot rename into `", "run.json"),
     "a staged rename fails": ("replace", errno.EIO, always, 1, "cannot rename into `", ".safetensors"),
-    "publishing the first shard fails": ("replace", errno.EIO, always, 3, "cannot rename into `", FIRST),
-    "publishing the second shard fails": ("replace", errno.EIO, always, 4, "cannot rename into `", SECOND),
-    "publishing a sidecar fails": ("replace", errno.EIO, always, 6, "cannot rename into `", "sub/notes.txt"),
-    "publishing the index fails": ("replace", errno.EIO, always, 8, "cannot rename into `", INDEX),
-    "publishing the config fails": ("replace", errno.EIO, always, 9, "cannot rename into `", BASE_CONFIG),
-    "publishing the report fails": ("replace", errno.EIO, always, 10, "cannot rename into `", MARKER),
+    "staging a sidecar fails": ("replace", errno.EIO, always, 3, "cannot rename into `", "generation_config.json"),
+    "publishing the first shard fails": ("replace", errno.EIO, always, 5, "cannot rename into `", FIRST),
+    "publishing the second shard fails": ("replace", errno.EIO, always, 6, "cannot rename into `", SECOND),
+    "publishing a sidecar fails": ("replace", errno.EIO, always, 8, "cannot rename into `", "sub/notes.txt"),
+    "publishing the index fails": ("replace", errno.EIO, always, 10, "cannot rename into `", INDEX),
+    "publishing the config fails": ("replace", errno.EIO, always, 11, "cannot rename into `", BASE_CONFIG),
+    "publishing the report fails": ("replace", errno.EIO, always, 12, "cannot rename into `", MARKER),
 }
 
 

@@ -106,7 +106,7 @@ def test_a_run_that_lost_nothing_only_publishes(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("place", ["part", "staged", "published"])
-def test_a_block_that_was_damaged_is_made_again_and_only_that(subject: Subject, place: str) -> None:
+def test_a_block_that_was_damaged_is_made_again(subject: Subject, place: str) -> None:
     subject.stop(subject.blocks * 2 - 3)
     path = {"part": lambda: subject.part(SECOND), "staged": lambda: subject.folder / FIRST}.get(
         place, lambda: shutil.move(subject.folder / FIRST, subject.out)
@@ -118,7 +118,8 @@ def test_a_block_that_was_damaged_is_made_again_and_only_that(subject: Subject, 
     made = subject.finish()
     number = 1 if place == "part" else 0
     assert (number, 1) in made
-    assert (number, 0) not in made
+    # What is in place is left alone until it is replaced: it may be another run's.
+    assert ((number, 0) in made) == (place == "published")
 
 
 def test_a_published_file_that_is_good_stays_where_it_is(subject: Subject) -> None:
@@ -206,7 +207,7 @@ def test_another_process_at_work_on_the_output_is_named(subject: Subject) -> Non
     assert held is not None
     with pytest.raises(OutputExistsError, match="another run is at work on"):
         subject.merge()
-    os.close(held)
+    held.close()
     subject.finish()
 
 
