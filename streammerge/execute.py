@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 from streammerge.compute.devices import device_of
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_digest, block_range
-from streammerge.core.errors import AdapterError, NoSpaceError, StreamMergeError, UsageError
+from streammerge.core.errors import (
+    AdapterError,
+    InputMissingError,
+    NoSpaceError,
+    OutputExistsError,
+    StreamMergeError,
+    UsageError,
+)
 from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
@@ -57,11 +65,13 @@ def execute(
     identity = {"fingerprint": fingerprint_of(plan, inputs.checkpoint), **origin_of(plan)}
     about = {**identity, "sizes": sizes, "inputs": whereabouts(inputs)}
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
-    if chosen.overwrite or directory.state() is not State.FINISHED:
-        check_space(plan, output, directory.reclaimable())
-        refuse_io(chosen.io, output)
     try:
-        if not directory.claim(about, files, overwrite=chosen.overwrite):
+        with _undisturbed(output):
+            if chosen.overwrite or directory.state() is not State.FINISHED:
+                check_space(plan, output, directory.reclaimable())
+                refuse_io(chosen.io, output)
+            is_ours = directory.claim(about, files, overwrite=chosen.overwrite)
+        if not is_ours:
             return Report(output, read_report(output), "already complete", time.monotonic() - began)
         publisher = Publisher(plan, inputs, directory, progress)
         try:
@@ -73,6 +83,18 @@ def execute(
     finally:
         directory.release()
     return Report(output, document, "done", time.monotonic() - began, io=how, notes=plan.notes)
+
+
+@contextlib.contextmanager
+def _undisturbed(output: Path) -> Iterator[None]:
+    """While an output is looked at: what vanishes from it was removed by another run, which is about to finish."""
+    try:
+        yield
+    except InputMissingError as error:
+        if not Path(error.path).is_relative_to(output):
+            raise
+        reason = f"another run is at work on `{output}`: `{error.path}` vanished while it was looked at"
+        raise OutputExistsError(reason, "wait for it, and run the same command again") from None
 
 
 def read_report(output: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 LONG = os.environ.get("STREAMMERGE_LONG") == "1"
-LAYOUTS = {"sharded": 7, "subject": 13, "one file": 6, "hashes": 9, "overwrite": 6, "buffered": 9}
+LAYOUTS = {"sharded": 11, "subject": 23, "one file": 9, "hashes": 17, "overwrite": 11, "buffered": 17}
 """Layouts, and one point in how many is tried; all of them in the long form."""
 
 

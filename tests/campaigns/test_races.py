@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 LONG = os.environ.get("STREAMMERGE_LONG") == "1"
-TIMES = 200 if LONG else 12
+TIMES = 200 if LONG else 8
 
 
 def races(folder: Path, *options: str) -> dict[str, Any]:
@@ -29,8 +29,6 @@ def test_two_runs_at_the_same_time_give_the_right_result_or_a_refusal(tmp_path: 
     found = races(tmp_path, *options)
     assert found["wrong"] == [], found["said"]
     assert sum(found["ended"].values()) == TIMES
-
-
-def test_where_there_are_locks_only_one_of_them_works(tmp_path: Path) -> None:
-    # Both succeed where the second begins when the first has finished: it is told that all is done.
-    assert set(races(tmp_path)["ended"]) <= {"0 5", "0 0"}
+    if not options:
+        # Both succeed where the second begins when the first has finished: it is told that all is done.
+        assert set(found["ended"]) <= {"0 5", "0 0"}

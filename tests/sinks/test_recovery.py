@@ -12,7 +12,7 @@ import pytest
 import streammerge
 from streammerge.compute.produce import Producer
 from streammerge.core import digests
-from streammerge.core.errors import OutputExistsError, WriteError
+from streammerge.core.errors import InputMissingError, OutputExistsError, WriteError
 from streammerge.core.locks import lock
 from streammerge.sinks import shards
 from streammerge.sinks.directory import MARKER, STAGING, OutputDirectory
@@ -208,6 +208,22 @@ def test_another_process_at_work_on_the_output_is_named(subject: Subject) -> Non
     with pytest.raises(OutputExistsError, match="another run is at work on"):
         subject.merge()
     held.close()
+    subject.finish()
+
+
+def test_a_file_that_vanishes_while_the_output_is_looked_at_is_another_runs_doing(subject: Subject) -> None:
+    subject.stop(9)
+    real = shards.io.list_dir
+
+    def vanished(path: Path) -> list[str]:
+        if str(path).endswith(STAGING):
+            raise InputMissingError(str(path))
+        return real(path)
+
+    with subject.patch.context() as patch:
+        patch.setattr(shards.io, "list_dir", vanished)
+        with pytest.raises(OutputExistsError, match="vanished while it was looked at"):
+            subject.merge()
     subject.finish()
 
 
