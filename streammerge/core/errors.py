@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, ClassVar
 
-from streammerge.core.text import SHOWN, printable, size_text
+from streammerge.core.text import SHOWN, printable, shortened, size_text
 
 
 @dataclass(eq=False)
@@ -52,8 +52,8 @@ class StreamMergeError(Exception):
         return {"error": type(self).__name__, "exit_code": self.exit_code, "message": self.summary(), **values}
 
     def __str__(self) -> str:
-        lines = [printable(self.summary()), *(f"  {printable(line)}" for line in self.details())]
-        return "\n".join([*lines, "", f"hint: {printable(self.hint())}"] if self.hint() else lines)
+        lines = [printable(shortened(self.summary())), *(f"  {printable(shortened(line))}" for line in self.details())]
+        return "\n".join([*lines, "", f"hint: {printable(shortened(self.hint()))}"] if self.hint() else lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))

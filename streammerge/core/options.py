@@ -71,6 +71,7 @@ class Options:
         choices=("float64", "float32"),
     )
     sha256: bool = _option(False, "record the SHA-256 of every file too, as the Hub and sha256sum have it")
+    no_code: bool = _option(False, "leave out the base's Python files (`*.py`), which loaders may be told to run")
     overwrite: bool = _option(False, "replace an output that carries our marker", bytes_too=False)
     allow_unused: tuple[str, ...] = _option(
         (), "adapter keys that may be left over (repeatable); recorded", metavar="GLOB"

@@ -10,10 +10,13 @@ from streammerge.core import io
 from streammerge.core.errors import UnsafeInputError
 
 NETWORK_FILE_SYSTEMS = frozenset(
-    {0x6969, 0xFF534D42, 0x517B, 0xFE534D42, 0x0BD00BD0, 0x47504653, 0x65735546, 0x19830326, 0x01021997, 0x00C36400}
-)
-"""statfs magic numbers of NFS, CIFS, SMB, SMB2, Lustre, GPFS, FUSE, BeeGFS, 9P and Ceph: a file there can shrink under
-a mapping, which kills the process."""
+    {
+        0x6969, 0xFF534D42, 0x517B, 0xFE534D42, 0x0BD00BD0, 0x47504653, 0x65735546, 0x19830326, 0x01021997, 0x00C36400,
+        0x5346414F, 0x6B414653, 0x73757245, 0x7461636F, 0x01161970, 0xAAD7AAEA, 0x786F4256,
+    }
+)  # fmt: skip
+"""statfs magic numbers of NFS, CIFS, SMB, SMB2, Lustre, GPFS, FUSE, BeeGFS, 9P, Ceph, AFS (two), Coda, OCFS2, GFS2,
+PanFS and VirtualBox's folders: a file there can shrink under a mapping, which kills the process."""
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 """Below `CACHE/blobs`, where huggingface_hub 2 keeps files that several repositories share."""
 

@@ -16,16 +16,36 @@ _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SECRETS = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}"
+    r"|(?<=://)[^/\s@]+(?=@)"
+    r"|(?<=authorization:)[^\n\"']+|(?<=bearer )[^\s\"']+"
+    r"|(?<=[?&])[\w-]*(?:token|signature|credential|key|secret)[\w-]*=[^&\s]+",
+    re.IGNORECASE,
+)
+"""Tokens of the Hub, the user of a URL, a header's value, the signed parameters of a URL."""
 SHOWN = 5
 """How many items of a long list an error names before it counts the rest."""
 
 
 def printable(text: object) -> str:
     """`text` with everything a terminal would act on, or that would hide, written as an escape."""
+    if str(text).isprintable():
+        return str(text)
     return "".join(
         char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _UNPRINTABLE else char
         for char in str(text)
     )
+
+
+def shortened(text: str, most: int = 1000) -> str:
+    """`text`, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def redacted(text: str) -> str:
+    """`text` without what lets its reader act as somebody else: tokens, the user of a URL, its signed parameters."""
+    return _SECRETS.sub("[secret]", text)
 
 
 def parse_size(text: str) -> int:

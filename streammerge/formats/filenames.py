@@ -43,6 +43,11 @@ _OTHER_SAFETENSORS = "safetensors files that are not part of the checkpoint"
 RULES: tuple[Rule, ...] = (
     Rule("version control", anywhere=(".git*",)),
     Rule("a local cache", anywhere=(".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")),
+    Rule(
+        "credentials",
+        anywhere=(".env", ".env.*", ".netrc", "_netrc", ".ssh", ".aws", ".npmrc", ".pypirc"),
+        files=("token", "stored_tokens", "hf_token*", "id_rsa*", "id_ed25519*"),
+    ),
     Rule("streammerge's own files", anywhere=("streammerge.json", ".streammerge*")),
     Rule("an adapter", anywhere=("adapter_*",)),
     Rule("a training checkpoint", anywhere=("checkpoint-*", "global_step*")),
@@ -67,6 +72,7 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(_OTHER_SAFETENSORS, files=_SAFETENSORS),
+    Rule("checksums or a signature of the base's files", files=("sha256sums*", "*.sha256", "*.sig", "*.sigstore*")),
 )  # fmt: skip
 """The deny-list, first match wins."""
 
@@ -81,7 +87,18 @@ _COMPANIONS = (
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json",
     "emoji.json", "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_DOCUMENTS = (
+    "*.md", "license", "license.txt", "notice", "notice.txt", "*.sig", "*.sigstore*", "sha256sums*", "*.sha256",
+)  # fmt: skip
+"""Files that are read by people, or prove what lies beside them."""
 _TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def is_beside_a_checkpoint(name: str) -> bool:
+    """Whether the path `name` means nothing to whoever loads the checkpoint that it lies in: documents, signatures, and
+    what clients of the Hub and of git keep."""
+    *folders, last = name.split("/")
+    return any(_matches(part, (".git*", ".cache")) for part in (*folders, last)) or _matches(last, _DOCUMENTS)
 
 
 def left_out(name: str) -> tuple[str, str] | None:

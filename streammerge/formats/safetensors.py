@@ -27,6 +27,8 @@ MAX_HEADER = 100_000_000
 """Bytes of JSON; the limit of the safetensors library, checked before anything is allocated."""
 MAX_RANK = 64
 """numpy's limit, and more than torch computes with."""
+MAX_NAME = 1000
+"""Characters of a tensor's name; the longest of transformers' models have some 150."""
 LIMIT = 2**63
 """Dimensions and element counts stay below it: they are signed 64-bit numbers in torch and numpy."""
 ALIGNMENT = 8
@@ -103,8 +105,8 @@ def encode_header(entries: Sequence[tuple[str, str, tuple[int, ...], int]], meta
         end += nbytes
     body = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     body += b" " * (-(LENGTH_BYTES + len(body)) % ALIGNMENT)
-    if len(body) > MAX_HEADER:
-        raise ValueError(f"a header of {len(body):,} bytes, safetensors allows {MAX_HEADER:,}")
+    if len(body) > strict_json.MAX_TEXT:
+        raise ValueError(f"a header of {len(body):,} bytes, at most {strict_json.MAX_TEXT:,} would be read again")
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 
 
@@ -113,6 +115,8 @@ def tensor_name_problem(name: str) -> str | None:
     if not name:
         return "a tensor with an empty name"
     bad = _BAD_CHARACTER.search(name)
+    if bad is None and len(name) > MAX_NAME:
+        return f"the tensor name {quoted(name)} is longer than {MAX_NAME:,} characters"
     if bad is None:
         return None
     kind = "a lone surrogate" if _SURROGATE.match(bad[0]) else "a control character"
@@ -144,6 +148,8 @@ def _json_length(prefix: bytes, file_size: int, path: str) -> int:
     if length > MAX_HEADER:
         advice = "is it a safetensors file? `.bin` and `.gguf` files have other names"
         raise MalformedInputError(path, f"a header of {length:,} bytes, the format allows {MAX_HEADER:,}", advice)
+    if length > strict_json.MAX_TEXT and length + LENGTH_BYTES <= file_size:
+        raise MalformedInputError(path, f"a header of {length:,} bytes, at most {strict_json.MAX_TEXT:,} are read")
     if LENGTH_BYTES + length > file_size:
         reason = f"a header of {length:,} bytes does not fit a file of {file_size:,}"
         raise MalformedInputError(path, reason, "the file looks truncated; download or save it again")

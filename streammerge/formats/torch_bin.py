@@ -15,13 +15,14 @@ import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from streammerge.core import io
 from streammerge.core.dtypes import itemsize
 from streammerge.core.errors import InputReadError, MalformedInputError, UnsafeInputError
 from streammerge.core.tensors import TensorInfo
 from streammerge.core.text import SHOWN, printable
+from streammerge.formats.pickles import MAX_PICKLE, UNTRUSTED, check_pickle
 from streammerge.formats.safetensors import foreign_format, quoted, tensor_name_problem
 
 if TYPE_CHECKING:
@@ -32,12 +33,10 @@ CONVERT = """convert it once with
   state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
   safetensors.torch.save_file(state, "model.safetensors", metadata={"format": "pt"})"""
 """The recipe in hints, for files torch's safe loader takes and we cannot map."""
-UNTRUSTED = "a pickle can run any code; get the checkpoint as safetensors, or convert it where its author is trusted"
-
 SAFE_TORCH = "2.6"
 """Before it `weights_only=True` could be made to run code (CVE-2025-32434)."""
-MAX_PICKLE = 100_000_000
-"""Bytes of pickle; a checkpoint of 100,000 tensors has some 20 MB."""
+MAX_DIRECTORY = 4_000_000
+"""Bytes of a zip directory; a tensor takes some 80."""
 
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -109,6 +108,8 @@ def _check_record(fd: int, path: str, record: str, extent: tuple[int, int]) -> N
     offset, size = extent
     if record == "data.pkl" and size > MAX_PICKLE:
         raise MalformedInputError(path, f"a pickle of {size:,} bytes, at most {MAX_PICKLE:,} are read")
+    if record == "data.pkl":
+        check_pickle(bytes(io.read_at(fd, path, offset, size)), path)
     if record == "byteorder" and bytes(io.read_at(fd, path, offset, min(size, 16))) != b"little":
         raise MalformedInputError(path, "its tensors are not stored little-endian", CONVERT)
 
@@ -116,7 +117,7 @@ def _check_record(fd: int, path: str, record: str, extent: tuple[int, int]) -> N
 def _directory(fd: int, path: str) -> tuple[list[zipfile.ZipInfo], int]:
     """The members of the archive and the offset of its directory, which lies behind all of them."""
     try:
-        with io.input_stream(fd, path) as stream, zipfile.ZipFile(stream) as archive:
+        with io.input_stream(fd, path) as stream, zipfile.ZipFile(_InParts(stream)) as archive:
             infos, directory = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
         advice = "the file looks truncated; download or save it again"
@@ -125,6 +126,19 @@ def _directory(fd: int, path: str) -> tuple[list[zipfile.ZipInfo], int]:
     if not infos or min(info.header_offset for info in infos) != 0:
         raise MalformedInputError(path, "its zip archive does not start at the first byte, or is empty")
     return infos, directory
+
+
+class _InParts:
+    """A stream of which not too much is read at once: a zip directory says itself how long it is."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell, self.seekable, self._read = stream.seek, stream.tell, stream.seekable, stream.read
+
+    def read(self, size: int = -1) -> bytes:
+        """Raise BadZipFile for more than a directory may have."""
+        if size > MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"it would have {size:,} bytes, at most {MAX_DIRECTORY:,} are read")
+        return self._read(size)
 
 
 def _data_offset(fd: int, path: str, info: zipfile.ZipInfo, directory: int) -> int:

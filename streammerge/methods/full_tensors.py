@@ -18,7 +18,7 @@ from streammerge.core.errors import (
 )
 from streammerge.core.lines import Lines
 from streammerge.core.tensors import FactorView, Operation, TensorInfo
-from streammerge.methods.lora_config import LoraConfig
+from streammerge.methods.fields import Common
 from streammerge.methods.parts import FullTensor, Parts
 from streammerge.methods.placing import parameter_place, placed
 from streammerge.methods.reading import AdapterInput, Contribution, FullReplacement
@@ -31,7 +31,7 @@ VALUE_HEADS = frozenset({"v_head", "value_head"})
 """Heads of reinforcement learning that no merged checkpoint has a place for (TRL: `v_head`)."""
 
 
-def resolve_full_tensors(parts: Parts, config: LoraConfig) -> list[Wanted]:
+def resolve_full_tensors(parts: Parts, config: Common) -> list[Wanted]:
     """What the replacements, then the token rows, of an adapter ask the base for; new heads among them."""
     replaced = [
         Wanted(part.key.module, (part.key.slot,), _same_shape(part.info), part.info.shape)
@@ -49,7 +49,7 @@ def _same_width(part: TensorInfo) -> Callable[[Parameter], bool]:
 
 
 def read_full_tensors(
-    adapter: AdapterInput, config: LoraConfig, answers: Sequence[Found | Missing], contribution: Contribution
+    adapter: AdapterInput, config: Common, answers: Sequence[Found | Missing], contribution: Contribution
 ) -> None:
     """Add the replacements and token rows to the contribution; `answers` belong to `resolve_full_tensors`."""
     parts = [*adapter.parts.replacements, *adapter.parts.tokens]
@@ -61,7 +61,7 @@ def read_full_tensors(
 
 
 def _read_replacement(
-    part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: LoraConfig, contribution: Contribution
+    part: FullTensor, answer: Found | Missing, adapter: AdapterInput, config: Common, contribution: Contribution
 ) -> None:
     if isinstance(answer, Found):
         stored, parameter = answer.target.tensor, answer.target.name
@@ -99,7 +99,7 @@ def _new_values(part: FullTensor, answer: Found, number: int) -> Iterator[Operat
         yield from placed([operation], target, stacked=stacked)
 
 
-def _is_new_head(part: FullTensor, config: LoraConfig) -> bool:
+def _is_new_head(part: FullTensor, config: Common) -> bool:
     """Whether PEFT would have created this module: named in `modules_to_save`, or by the task type."""
     heads = (*config.modules_to_save, *TASK_HEADS.get(config.task_type, ()))
     path = f".{part.key.module}."
@@ -110,7 +110,7 @@ def _read_tokens(
     part: FullTensor,
     answer: Found | Missing,
     adapter: AdapterInput,
-    config: LoraConfig,
+    config: Common,
     contribution: Contribution,
 ) -> None:
     if isinstance(answer, Missing):
@@ -144,7 +144,7 @@ def _read_tokens(
     contribution.operations += placed([operation], target)
 
 
-def _indices_for(part: FullTensor, config: LoraConfig) -> tuple[int, ...]:
+def _indices_for(part: FullTensor, config: Common) -> tuple[int, ...]:
     """The rows one file tensor stands for: a list is about the input embedding, an object names modules by suffix."""
     if isinstance(config.token_indices, tuple):
         found = config.token_indices

@@ -20,6 +20,7 @@ from streammerge.core.errors import BaseMismatchError
 from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, Replacement, Source, Stored, TensorInfo
 from streammerge.core.text import some_of
+from streammerge.formats.filenames import CONFIG
 from streammerge.methods.lora_config import parse_config
 from streammerge.methods.parts import Parts
 from streammerge.methods.readers import read_adapter
@@ -209,12 +210,14 @@ class _Builder:
             if set(name.split(".")[-2:-1]) & EMBEDDING_MODULES and len(o.shape) == 2
         ]
         files = {shard.file for shard in self.base.shards}
-        return plan_sidecars(
-            str(self.base.root), files, [str(a.facts.root) for a in self.adapters], max(tables, default=None)
-        )
+        roots = [str(adapter.facts.root) for adapter in self.adapters]
+        rows = max(tables, default=None)
+        return plan_sidecars(str(self.base.root), files, roots, rows, no_code=self.options.no_code)
 
     def _base_notes(self, rules: Iterable[str]) -> list[str]:
         notes = [unknown_base(self.base.config, rules)] if self.architecture is None else []
+        if self.options.no_code and self.config.get("auto_map"):
+            notes.append(f"`{CONFIG}` keeps its `auto_map`, which names code that the output does not have")
         folders = [name for adapter in self.adapters for name in adapter.facts.siblings]
         return notes + ([f"other adapters in subfolders are not merged: {some_of(folders)}"] if folders else [])
 

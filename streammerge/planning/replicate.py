@@ -16,6 +16,8 @@ from streammerge.core.tensors import TensorInfo
 CONTAINERS = ("layers", "layer", "h")
 """Names of the list of layers in the models PEFT replicates: Llama-like, BERT-like, Falcon-like."""
 COUNT_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
+MAX_LAYERS = 1000
+"""Of a model with replicated layers; the deepest of today have some 130."""
 
 Edit = tuple[tuple[str, ...], Any]
 
@@ -45,11 +47,16 @@ def replicate(
     if not ranges:
         return Stock(base, {name: name for name in base}, {}, ())
     container, count = _container(base, config)
-    layers = [old for first, last in ranges for old in range(first, last)]
-    if max(layers) >= count:
+    # Counted before they are listed: the numbers are a stranger's.
+    highest, total = max(last for _, last in ranges) - 1, sum(last - first for first, last in ranges)
+    if highest >= count:
         raise BaseMismatchError(
-            ("layer_replication",), f"the adapter replicates layer {max(layers)}, the base has {count} layers"
+            ("layer_replication",), f"the adapter replicates layer {highest}, the base has {count} layers"
         )
+    if total > MAX_LAYERS:
+        reason = f"the adapter makes {total:,} layers of the base's {count}, at most {MAX_LAYERS:,} are made"
+        raise NotMergeableError(("layer_replication",), reason)
+    layers = [old for first, last in ranges for old in range(first, last)]
     tensors: dict[str, TensorInfo] = {}
     sources: dict[str, str] = {}
     for name, info in base.items():

@@ -28,6 +28,9 @@ from streammerge.formats.filenames import (
 from streammerge.planning.vocabulary import tokenizer_size
 
 BASE = "base"
+CODE = ".py"
+"""What a loader that trusts the checkpoint's code would import."""
+NO_CODE = "Python code, left out by `--no-code`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,15 @@ class SidecarPlan:
 
 
 def plan_sidecars(
-    base_root: str | None, weight_files: Collection[str], adapters: Sequence[str], vocab_rows: int | None
+    base_root: str | None,
+    weight_files: Collection[str],
+    adapters: Sequence[str],
+    vocab_rows: int | None,
+    *,
+    no_code: bool = False,
 ) -> SidecarPlan:
     """The sidecars of an output: `base_root` is None for a base that is a lone file, which has none; `adapters` are
-    directories; `vocab_rows` counts the rows of the output's embedding.
+    directories; `vocab_rows` counts the rows of the output's embedding; `no_code` leaves Python files out.
 
     Raises UnsafeInputError for a link that leads outside or a file that is not regular, CompositionError for adapters
     with different tokenizers, BaseMismatchError for a tokenizer that is larger than the embedding.
@@ -65,7 +73,11 @@ def plan_sidecars(
     _check_size(tokenizer, vocab_rows)
     files, dropped = _base_files(base_root, weight_files, replaced=bool(tokenizer))
     files += tokenizer
-    code = tuple(sorted(file.name for file in files if file.name.endswith(".py")))
+    code = tuple(sorted(file.name for file in files if file.name.casefold().endswith(CODE)))
+    if no_code:
+        files = [file for file in files if file.name not in code]
+        dropped += [(name, NO_CODE) for name in code]
+        code = ()
     return SidecarPlan(tuple(sorted(files, key=lambda file: file.name)), tuple(sorted({*dropped, *partial})), code)
 
 

@@ -6,6 +6,7 @@ numpy only, in bounded pieces: a plan must not load torch, and an adapter may be
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 LEAST_TRACE = 1e-20
 """Below this sum of squares, float32 may have lost the small ones among them."""
+GRAM_RANK, SIDE = 2048, 1024
+"""The highest rank whose Gram matrices are made, of 32 MiB each; and rows and columns of the tiles of the product that
+is made beyond it, as the merge will do, too."""
 PIECE = 2**19
 """Elements of a factor that are converted at a time: they stay in the cache for the product."""
 
@@ -72,9 +76,9 @@ def factor_array(
     shape = tuple(last - first for first, last in wanted)
     parts: list[tuple[FactorBlock, NDArray[Any]]] = []
     for block in view.blocks(wanted):
-        words = np.frombuffer(adapter.files.read(info, block.low * width, block.high * width), f"u{width}")
+        data = adapter.files.read(info, block.low * width, block.high * width)
         steps = tuple(step * width for step in block.strides)
-        parts.append((block, np.lib.stride_tricks.as_strided(words, block.shape, steps, writeable=False)))
+        parts.append((block, np.ndarray(block.shape, f"u{width}", data, strides=steps)))
     if len(parts) == 1:
         gathered = np.ascontiguousarray(parts[0][1])  # no copy of what lies in the file as it is wanted
     else:
@@ -111,8 +115,11 @@ def operation_facts(
     if operation.formula != "lora":
         return OperationFacts(None, zero=False)
     gram = gram or functools.partial(_gram, adapters=adapters)
-    left, right = gram(operation.factors["left"].t), gram(operation.factors["right"])
-    squared = float((left * right).sum())
+    left, right = operation.factors["left"].t, operation.factors["right"]
+    if right.shape[0] > GRAM_RANK:
+        squared = _squared_product(left, right, adapters)
+    else:
+        squared = float((gram(left) * gram(right)).sum())
     return _facts(abs(operation.numbers["scaling"]) * math.sqrt(max(squared, 0.0)))
 
 
@@ -127,9 +134,28 @@ def _gram(wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:
 
     with np.errstate(over="ignore", invalid="ignore"):
         single = _gram_in(np.dtype(np.float32), wide, adapters)
-    if np.isfinite(single).all() and single.trace() > LEAST_TRACE:
+    # No element of a Gram matrix is larger than the largest of its diagonal.
+    if LEAST_TRACE < float(single.trace()) < math.inf:
         return single.astype(np.float64)
     return _gram_in(np.dtype(np.float64), wide, adapters)
+
+
+def _squared_product(left: FactorView, right: FactorView, adapters: Sequence[Adapter]) -> float:
+    """The sum of the squares of `left.T @ right`, both (rank, long), tile by tile."""
+    import numpy as np
+
+    def pieces(length: int) -> list[tuple[int, int]]:
+        return [(start, min(start + SIDE, length)) for start in range(0, length, SIDE)]
+
+    total = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows, columns in itertools.product(pieces(left.shape[1]), pieces(right.shape[1])):
+            tile = np.zeros((rows[1] - rows[0], columns[1] - columns[0]))
+            for part in pieces(left.shape[0]):
+                a = np.asarray(factor_array(left, adapters, (part, rows)), np.float64)
+                tile += a.T @ np.asarray(factor_array(right, adapters, (part, columns)), np.float64)
+            total += float((tile * tile).sum())
+    return total
 
 
 def _gram_in(dtype: np.dtype[Any], wide: FactorView, adapters: Sequence[Adapter]) -> NDArray[Any]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.core import io, strict_json
-from streammerge.core.errors import InputMissingError, MalformedInputError
+from streammerge.core import io, paths, strict_json
+from streammerge.core.errors import InputMissingError, InputReadError, MalformedInputError
 from streammerge.core.tensors import TensorInfo
 from streammerge.core.text import some_of
 from streammerge.formats.safetensors import read_header
@@ -37,6 +37,8 @@ class AdapterFacts:
     file: str
     tensors: Mapping[str, TensorInfo]
     siblings: tuple[str, ...]
+    state: io.FileState
+    """Of `file`, as it was before its header was read."""
 
 
 class Adapter:
@@ -45,7 +47,7 @@ class Adapter:
     def __init__(self, facts: AdapterFacts, mode: str) -> None:
         self.facts = facts
         # A factor is read in small parts: each of them would be a whole page past the page cache.
-        self.files = TensorFiles(facts.root, "pread" if mode == "direct" else mode)
+        self.files = TensorFiles(facts.root, "pread" if mode == "direct" else mode, {facts.file: facts.state})
 
     def without(self, keys: Collection[str]) -> Adapter:
         """The adapter as if it did not have some of its tensors; both read from the same mappings."""
@@ -72,6 +74,8 @@ def open_adapter(text: str, mode: str = "auto", *, quiet: bool = True) -> Adapte
     else:
         root, identity = Path(location.path), LOCAL
     if location.subfolder:
+        if io.exists(root / location.subfolder):
+            paths.resolve_inside(root, location.subfolder)
         root = root / location.subfolder
     return Adapter(_facts(root, identity), mode)
 
@@ -81,14 +85,17 @@ def _facts(root: Path, identity: str) -> AdapterFacts:
     siblings = tuple(name for name in folders if io.exists(root / name / CONFIG))
     if not io.exists(root / CONFIG):
         raise _no_adapter(root, siblings)
+    paths.resolve_inside(root, CONFIG)
     config_bytes = io.read_file(root / CONFIG, strict_json.MAX_BYTES)
     # NaN and Infinity pass here: PEFT reads them, and the check of the config refuses them by field.
     config = strict_json.loads(config_bytes, str(root / CONFIG), nan_ok=True)
     file = next((name for name in (WEIGHTS, TORCH_BIN) if io.exists(root / name)), None)
     if file is None:
         raise InputMissingError(str(root), f"has an `{CONFIG}` and neither `{WEIGHTS}` nor `{TORCH_BIN}`")
+    paths.resolve_inside(root, file)
+    state = io.path_state(root / file)
     tensors = _read_tensors(root / file, file)
-    return AdapterFacts(root, identity, config, config_bytes, file, tensors, siblings)
+    return AdapterFacts(root, identity, config, config_bytes, file, tensors, siblings, state)
 
 
 def _read_tensors(path: Path, file: str) -> dict[str, TensorInfo]:
@@ -110,6 +117,8 @@ def _agree_with_library(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
                 theirs[name] = (part.get_dtype(), tuple(part.get_shape()))
     except SafetensorError as error:
         raise MalformedInputError(str(path), f"the safetensors library refuses it: {error}") from None
+    except OSError as error:  # it says `No such file` whatever the system said
+        raise InputReadError(str(path), "open", f"the safetensors library says: {error}") from error
     ours = {name: (info.dtype, info.shape) for name, info in tensors.items()}
     if theirs != ours:
         differing = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))

@@ -35,6 +35,8 @@ class Shard:
     size: int
     tensors: tuple[TensorInfo, ...]
     header: Header | None
+    state: io.FileState
+    """As it was before its header was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Checkpoint:
 
     def __init__(self, facts: CheckpointFacts, mode: str) -> None:
         self.facts = facts
-        self.files = TensorFiles(facts.root, mode)
+        self.files = TensorFiles(facts.root, mode, {shard.file: shard.state for shard in facts.shards})
 
 
 def open_checkpoint(text: str, mode: str = "auto", *, quiet: bool = True) -> Checkpoint:
@@ -107,6 +109,7 @@ def _facts(root: Path, identity: str, index: WeightIndex | None, files: list[str
         check_index(index, {shard.file: shard.tensors for shard in shards}, str(root / name))
     config_bytes = b""
     if not lone and io.exists(root / "config.json"):
+        paths.resolve_inside(root, "config.json")
         config_bytes = io.read_file(root / "config.json", strict_json.MAX_BYTES)
     config = strict_json.loads(config_bytes, str(root / "config.json")) if config_bytes else None
     return CheckpointFacts(root, root / files[0] if lone else root, identity, shards, index, config, config_bytes, lone)
@@ -121,11 +124,12 @@ def _read_shard(root: Path, file: str) -> Shard:
             "fetch the missing shard, or the whole checkpoint again",
         )
     paths.resolve_inside(root, file)
+    state = io.path_state(path)
     if file.endswith(".safetensors"):
         header = read_header(path, file)
         end = max((info.start + info.nbytes for info in header.tensors), default=header.data_start)
-        return Shard(file, end, header.tensors, header)
-    return Shard(file, io.size_of(path), read_torch_bin(path, file), None)
+        return Shard(file, end, header.tensors, header, state)
+    return Shard(file, state.size, read_torch_bin(path, file), None, state)
 
 
 def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
@@ -133,6 +137,7 @@ def _weight_files(root: Path) -> tuple[WeightIndex | None, list[str]]:
     for single, listing in ((SAFETENSORS, SAFETENSORS_INDEX), (TORCH_BIN, TORCH_BIN_INDEX)):
         has_single, has_index = io.exists(root / single), io.exists(root / listing)
         if has_index:
+            paths.resolve_inside(root, listing)
             index = parse_index(io.read_file(root / listing, strict_json.MAX_BYTES), str(root / listing))
             files = list(dict.fromkeys(sorted(index.weight_map.values())))
             if has_single and files != [single]:

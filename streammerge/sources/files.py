@@ -11,10 +11,11 @@ import math
 import mmap
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.core import io, paths
+from streammerge.core import io, pages, paths
 from streammerge.core.dtypes import itemsize
 from streammerge.core.errors import InputReadError
 from streammerge.core.tensors import TensorInfo
@@ -83,17 +84,17 @@ class OpenFile:
 
 class TensorFiles:
     """Reads tensors of the weight files below one directory. `mode` is `mmap`, `pread`, `direct`, or `auto`: `pread` on
-    network file systems and where an address-space limit leaves no room, else `mmap`. `used` counts the bytes that were
-    handed out."""
+    network file systems and where an address-space limit leaves no room, else `mmap`. `states` are those that files
+    must still be in when they are opened. `used` counts the bytes that were handed out."""
 
-    def __init__(self, root: Path, mode: str) -> None:
+    def __init__(self, root: Path, mode: str, states: Mapping[str, io.FileState] | None = None) -> None:
         self.root = root
         self.mapped = mode == "mmap" or (mode == "auto" and not paths.is_on_network(root))
         self.direct = mode == "direct"
         self.used = 0
         self._auto = mode == "auto"
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
-        self._first: dict[str, io.FileState] = {}
+        self._first: dict[str, io.FileState] = dict(states or {})
         self._lock = threading.Lock()
 
     def read(self, info: TensorInfo, start: int, end: int, scratch: Scratch | None = None) -> memoryview:
@@ -121,7 +122,7 @@ class TensorFiles:
         if info.strides is None:
             file = self._file(info.file)
             if file.mapping is not None:
-                io.give_back(file.mapping, info.start + start, info.start + end)
+                pages.give_back(file.mapping, info.start + start, info.start + end)
 
     def raw(self, name: str, start: int, end: int) -> bytearray:
         """Bytes [start, end) of a file, never mapped: a touch of a mapping may map a huge page, 2 MiB for a sample."""
@@ -156,8 +157,10 @@ class TensorFiles:
             return file
 
     def _opened(self, path: Path) -> OpenFile:
+        # A link may lead from a local directory to a file that is not.
+        mapped = self.mapped and not (self._auto and paths.is_on_network(path))
         try:
-            return OpenFile(path, mapped=self.mapped, direct=self.direct)
+            return OpenFile(path, mapped=mapped, direct=self.direct)
         except InputReadError as error:
             if not (self._auto and self.mapped and error.operation == "map"):
                 raise

@@ -10,7 +10,9 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from streammerge.core import io
 from streammerge.core.errors import InputMissingError, MalformedInputError, UnsafeInputError
+from streammerge.core.text import redacted
 from streammerge.formats.filenames import ADAPTER_CONFIG, plain_subfolder
 
 # The Hub's own rule for names: letters, digits, `-`, `_` and `.`, 96 of them; no `--`, `..` or final `.git`.
@@ -40,9 +42,9 @@ def parse_base(text: str) -> Location:
     Raises InputMissingError for what is neither, MalformedInputError for a file of another kind.
     """
     path = _expanded(text)
-    if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(".safetensors")):
+    if io.is_dir(path) or (os.path.isfile(path) and path.endswith(".safetensors")):
         return Location(path, None, None, None, text)
-    if os.path.exists(path):
+    if io.exists(path):
         raise MalformedInputError(
             path, "a base is a directory, one `.safetensors` file, or a Hub id `org/name[@revision]`"
         )
@@ -56,16 +58,16 @@ def parse_adapter(text: str) -> Location:
     subfolder that could lead outside.
     """
     path = _expanded(text)
-    if os.path.isdir(path):
+    if io.is_dir(path):
         return Location(path, None, None, None, text)
-    if os.path.exists(path):
+    if io.exists(path):
         raise MalformedInputError(
             path, "an adapter is a directory", f"give the directory that holds the `{ADAPTER_CONFIG}`"
         )
     local, colon, subfolder = path.rpartition(":")
-    if colon and os.path.isdir(local):
+    if colon and io.is_dir(local):
         folder = _subfolder(text, subfolder)
-        if not os.path.isdir(os.path.join(local, folder)):
+        if not io.is_dir(os.path.join(local, folder)):
             raise InputMissingError(os.path.join(local, folder))
         return Location(local, None, None, folder, text)
     repository, colon, subfolder = text.partition(":")
@@ -82,6 +84,9 @@ def _expanded(text: str) -> str:
 def _on_hub(text: str, identifier: str, *, owner_needed: bool) -> Location:
     """The Hub id in `identifier`, or an InputMissingError that says why `text` is not one."""
     repository, at, revision = identifier.partition("@")
+    if redacted(text) != text:
+        advice = "log in with `hf auth login`, or set HF_TOKEN, and name the repository alone"
+        raise InputMissingError(redacted(text), "holds what looks like a secret, and is no path that exists", advice)
     if _is_path(identifier):
         raise InputMissingError(text)
     found = _REPOSITORY.fullmatch(repository)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.core import io, paths
+from streammerge.core import io, pages, paths
 from streammerge.core.errors import InputMissingError, InputReadError, UnsafeInputError, WriteError
 
 
@@ -77,8 +77,8 @@ def test_a_mapping_gives_its_pages_back_and_reads_them_again(tmp_path: Path) -> 
     fd = io.open_input(tmp_path / "f")
     mapping = io.map_input(fd, "f", 3 * io.PAGE + 3)
     assert mapping[-3:] == b"end"
-    io.give_back(mapping, 0, 3 * io.PAGE + 3)
-    io.give_back(mapping, 7, 7)
+    pages.give_back(mapping, 0, 3 * io.PAGE + 3)
+    pages.give_back(mapping, 7, 7)
     assert mapping[-3:] == b"end"
     mapping.close()
     io.close(fd)
@@ -168,7 +168,7 @@ def test_a_failing_operation_names_itself_the_path_and_the_reason(
 ) -> None:
     call, act, word = OPERATIONS[operation]
     with (tmp_path / "open").open("w+b") as stream:
-        monkeypatch.setattr(*((io, "_fallocate") if call == "fallocate" else (os, call)), raising(code))
+        monkeypatch.setattr(*((io, "fallocate") if call == "fallocate" else (os, call)), raising(code))
         with pytest.raises(WriteError) as caught:
             act(tmp_path / "target", stream.fileno())
     assert str(caught.value) == f"cannot {word} `{tmp_path / 'target'}`: {os.strerror(code)}"
@@ -183,7 +183,7 @@ def test_what_a_file_system_cannot_do_is_tolerated_where_it_is_only_a_help(
             monkeypatch.setattr(os, "posix_fallocate", raising(code))
             io.allocate(stream.fileno(), "f", 10)
         monkeypatch.setattr(os, "posix_fadvise", raising(errno.EINVAL))
-        io.drop_cached(stream.fileno(), 0, 10)
+        pages.drop(stream.fileno(), 0, 10)
     for code in (errno.EINVAL, errno.ENOTSUP):
         monkeypatch.setattr(os, "fsync", raising(code))
         io.sync_dir(tmp_path)

@@ -25,6 +25,7 @@ def test_the_defaults_keep_everything_as_it_is() -> None:
         "expert_packing": "peft",
         "accumulate": "float64",
         "sha256": False,
+        "no_code": False,
     }
 
 

@@ -45,7 +45,7 @@ def test_what_is_not_plain_json_is_refused_by_name_and_reason(data: bytes, reaso
 
 
 def test_too_many_bytes_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strict_json, "MAX_BYTES", 10)
+    monkeypatch.setattr(strict_json, "MAX_TEXT", 10)
     assert strict_json.loads(b'{"a": 123}', "f") == {"a": 123}
     with pytest.raises(MalformedInputError, match="11 bytes of JSON, at most 10"):
         strict_json.loads(b'{"a": 1234}', "f")

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.core.text import count_text, nearest, parse_size, printable, size_text, some_of
+from streammerge.core.text import (
+    count_text,
+    nearest,
+    parse_size,
+    printable,
+    redacted,
+    shortened,
+    size_text,
+    some_of,
+)
 
 SIZES = {
     "5GB": 5 * 10**9, "128MB": 128 * 10**6, "64MiB": 64 * 2**20, "1.5GiB": 3 * 2**29, "20kB": 20_000, "20KB": 20_000,
@@ -85,3 +94,27 @@ def test_the_nearest_names_share_segments_not_only_letters() -> None:
     assert len(found) == 3
     assert nearest("transformer.h.0.attn.c_attn.weight", ["lm_head.weight"]) == ()
     assert nearest("base.layers.0.self_attn.q_proj.weight", base, 1) == ("model.layers.0.self_attn.q_proj.weight",)
+
+
+SECRETS = {
+    "hf_" + "aB3" * 11 + "x": "[secret]",
+    "org/hf_" + "a" * 34 + "@main": "org/[secret]@main",
+    "https://user:word@host/a": "https://[secret]@host/a",
+    "https://host/a?X-Amz-Signature=abc&part=1": "https://host/a?[secret]&part=1",
+    "https://host/a?part=1&token=abc": "https://host/a?part=1&[secret]",
+    "Authorization: Bearer abc": "Authorization:[secret]",
+    "authorization:abc\nnext": "authorization:[secret]\nnext",
+    "org/hf_model-7b": "org/hf_model-7b",
+    "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
+    "org/name@refs/pr/1": "org/name@refs/pr/1",
+}
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_secrets_are_taken_out_of_a_text_and_nothing_else(text: str) -> None:
+    assert redacted(text) == SECRETS[text]
+
+
+def test_a_long_text_is_cut_and_says_how_long_it_is() -> None:
+    assert shortened("x" * 1000) == "x" * 1000
+    assert shortened("x" * 1_000_000, 3) == "xxx... (1,000,000 characters)"

@@ -260,7 +260,7 @@ def test_a_quantized_tensor_is_refused(tmp_path: Path) -> None:
         ({"byteorder": b"big"}, "little-endian"),
         ({"byteorder": b"little endian"}, "little-endian"),
         ({"data.pkl": None}, "no `data.pkl`"),
-        ({"data.pkl": b"\x80\x02}"}, "torch cannot read it"),
+        ({"data.pkl": b"\x80\x02}"}, "its pickle cannot be read"),
         ({"data.pkl": b"\x80\x02}q\x00."}, "0 storages that are not the 1"),
         ({"data/0": None}, "torch cannot read it"),
         ({"data/0": bytes(47)}, "1 storages that are not the 1"),
@@ -362,7 +362,10 @@ class Labelled(torch.Tensor):
 
 def test_a_tensor_subclass_is_refused_even_where_the_process_allows_it(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.bin", {"w": BASE.as_subclass(Labelled)})
-    with torch.serialization.safe_globals([Labelled]), pytest.raises(MalformedInputError, match="`w` is a Labelled"):
+    with (
+        torch.serialization.safe_globals([Labelled]),
+        pytest.raises(MalformedInputError, match=r"asks for `.*Labelled`"),
+    ):
         read_torch_bin(path, "m.bin")
     with pytest.raises(UnsafeInputError, match=r"asks for `.*Labelled`"):
         read_torch_bin(path, "m.bin")

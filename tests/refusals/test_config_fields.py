@@ -45,10 +45,10 @@ def test_the_same_field_is_of_no_consequence_while_it_is_not_set(tmp_path: Path,
         base, adapter = inputs_at(tmp_path, **{field: neutral})
         merged(base, adapter, tmp_path / "out")
         return
-    from streammerge.methods.lora_config import check_fields
+    from streammerge.methods.lora_config import KNOWN
 
-    check_fields({field: neutral}, ())
-    check_fields({field: None}, ())
+    KNOWN.check({field: neutral}, ())
+    KNOWN.check({field: None}, ())
 
 
 def test_an_unknown_field_that_the_user_waves_through_is_recorded(tmp_path: Path) -> None:

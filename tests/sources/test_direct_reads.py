@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streammerge.core import io
+from streammerge.core import io, paths
 from streammerge.core.errors import InputReadError
 from streammerge.core.tensors import TensorInfo
 from streammerge.sources.files import Scratch, TensorFiles
@@ -149,3 +149,11 @@ def test_scratch_is_aligned_and_used_again() -> None:
     assert len(first) == 8192
     assert scratch.take(8192) is first
     assert len(scratch.take(8193)) == 12288
+
+
+def test_a_file_on_another_machine_is_read_and_not_mapped_wherever_its_directory_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "is_on_network", lambda path: str(path).endswith("/file"))
+    assert TensorFiles(root, "auto").opened("file").mapping is None
+    assert TensorFiles(root, "mmap").opened("file").mapping is not None
