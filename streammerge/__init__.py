@@ -13,10 +13,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from streammerge.core.errors import StreamMergeError
-
 if TYPE_CHECKING:
     from streammerge.api import inspect, merge, plan, status, verify
+    from streammerge.core.errors import StreamMergeError
     from streammerge.core.options import Options
     from streammerge.inspection import AdapterStatus
     from streammerge.planning.model import MergePlan
@@ -46,6 +45,7 @@ _HOMES = {
     "Options": "core.options",
     "OutputStatus": "standing",
     "Report": "report",
+    "StreamMergeError": "core.errors",
     "inspect": "api",
     "merge": "api",
     "plan": "api",

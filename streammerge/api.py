@@ -13,9 +13,10 @@ from streammerge.compute.loading import load_in_background, wants_the_disk
 from streammerge.core import io
 from streammerge.core.errors import InputMissingError, UsageError
 from streammerge.core.options import Options
-from streammerge.core.text import count_text
+from streammerge.core.text import count_text, some_of
 from streammerge.execute import execute
 from streammerge.inspection import AdapterStatus, inspect_adapter
+from streammerge.integrity import WHOLE, Part, read_marker, verify_digests
 from streammerge.planning.build import build_plan
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report
@@ -27,11 +28,10 @@ from streammerge.standing import OutputStatus, status_of
 from streammerge.stream import Event, Inputs, silent
 from streammerge.verification import (
     DEFAULT_SAMPLE,
+    Sample,
     check_after_run,
-    read_marker,
     recorded_inputs,
     verify_against,
-    verify_digests,
 )
 
 PathLike = str | Path
@@ -92,12 +92,14 @@ def verify(
     adapters: PathLike | Sequence[PathLike] | None = None,
     sample: float | None = None,
     full: bool = False,
+    subset: tuple[int, int] | None = None,
     progress: Progress | bool | None = None,
     **options: Any,
 ) -> Report:
     """Prove a finished output: its digests, and a `sample` (share of its blocks) or, with `full`, all of it derived
     again from base and adapters. Inputs that are not given are taken from where they were when the output was made;
-    where they are gone, only the digests are checked and the report says so.
+    where they are gone, only the digests are checked and the report says so. With `subset=(i, n)` all that is done to
+    the i-th of n parts of the blocks: n calls are one without.
 
     Raises VerificationError with every problem found, UnfinishedOutputError where there is nothing to verify, and
     InputMissingError where `sample` or `full` was asked for and the inputs are not there.
@@ -106,25 +108,34 @@ def verify(
     path = Path(output)
     if sample is not None and not 0 < sample <= 1:
         raise UsageError(f"a sample of {sample:g} is not a share between 0 and 1")
+    part = Part(*subset) if subset is not None else WHOLE
     document = read_marker(path)
-    checked = verify_digests(path, document, _progress(progress))
+    checked, beside = verify_digests(path, document, _progress(progress), part)
+    about = _about(part, beside)
     texts, missing = _inputs_of(path, base, adapters, options.get("rules"))
     if texts is None:
         if full or sample is not None:
             raise InputMissingError(str(path), f"cannot be derived again: {missing}", "give `--base` and `--adapter`")
-        notes = (f"{missing}: digests were checked, nothing was derived again",)
+        notes = (*about, f"{missing}: digests were checked, nothing was derived again")
         return Report(path, document, "verified", time.monotonic() - began, checked, 0, notes=notes)
     chosen = Options.of({**document["options"], **options, "rules": texts[2]})
     weights = [item["weight"] for item in document["adapters"]]
     inputs, plan_again = _prepare(open_checkpoint(texts[0], chosen.read), texts[1], weights, chosen)
-    share = 1.0 if full else sample or DEFAULT_SAMPLE
-    rederived = verify_against(plan_again, inputs, path, document, share, chosen.device)
-    return Report(path, document, "verified", time.monotonic() - began, checked, rederived)
+    again = Sample(1.0 if full else sample or DEFAULT_SAMPLE, part)
+    rederived = verify_against(plan_again, inputs, path, document, again, chosen.device)
+    return Report(path, document, "verified", time.monotonic() - began, checked, rederived, notes=about)
 
 
 def status(output: PathLike) -> OutputStatus:
     """What an output directory holds, and what a run into it would do. Reads no weights."""
     return status_of(Path(output))
+
+
+def _about(part: Part, beside: Sequence[str]) -> tuple[str, ...]:
+    """What a verification did not look at."""
+    notes = (f"this was part {part.number} of {part.count}: all {part.count} together are the whole output",)
+    found = (f"{some_of(beside)}: not of this output, and not checked",) if beside else ()
+    return (*(notes if part.count > 1 else ()), *found)
 
 
 def _prepare(

@@ -6,12 +6,14 @@ that ecosystem; it silences the lines as well. Everything goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from typing import Any, TextIO
 
+from streammerge.core import io
 from streammerge.core.text import count_text, printable, size_text
 from streammerge.stream import Event
 
@@ -31,31 +33,44 @@ class Bar:
         self._done, self._there, self._total, self._began = 0, 0, 0, time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Show one event."""
+        """Show one event. A terminal that has gone, or a full disk below a log, is no reason to stop: from then on
+        nothing is shown."""
         with self._lock:
-            match event.kind:
-                case "start":
-                    self._start(event.bytes, "merging")
-                case "bytes":
-                    self._done += event.bytes
-                    if self._bar is not None:
-                        self._bar.update(event.bytes)
-                case "resume":
-                    self._resume(event)
-                case "shard":
-                    self._shard(event)
-                case "verify" if event.bytes:
-                    self._start(event.bytes, "verifying")
-                case _:
-                    self._phase(WORDS[event.kind])
+            try:
+                self._show(event)
+            except OSError:
+                self._quiet, self._terminal, self._bar = True, False, None
+                io.redirect_to_nothing(self._stream.fileno())
+
+    def _show(self, event: Event) -> None:
+        match event.kind:
+            case "reread":
+                self._start(event.bytes, "reading again")
+                self._line(f"resuming: {size_text(event.bytes)} were written before, and are read again first")
+            case "start":
+                self._start(event.bytes, "merging")
+            case "bytes":
+                self._done += event.bytes
+                if self._bar is not None:
+                    self._bar.update(event.bytes)
+            case "resume":
+                self._resume(event)
+            case "shard":
+                self._shard(event)
+            case "verify" if event.bytes:
+                self._start(event.bytes, "verifying")
+            case _:
+                self._phase(WORDS[event.kind])
 
     def close(self) -> None:
         """End the bar, so that what is printed next has a line of its own."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
 
     def _start(self, total: int, word: str) -> None:
+        self.close()
         self._done, self._there, self._total, self._began = 0, 0, total, time.monotonic()
         if self._terminal:
             from huggingface_hub.utils.tqdm import tqdm

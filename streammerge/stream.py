@@ -33,8 +33,9 @@ from streammerge.sources.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a progress callback gets. `kind` is `start` (bytes in all), `resume` (bytes of `count` blocks that an
-    earlier run has left), `bytes` (written since the last), `shard` (a file was finished), `publish` or `verify`."""
+    """What a progress callback gets. `kind` is `reread` (bytes that an earlier run has left, and that are read again
+    first), `start` (bytes in all), `resume` (bytes of `count` blocks that were found good), `bytes` (done since the
+    last), `shard` (a file was finished), `publish` or `verify` (bytes to be read, or none)."""
 
     kind: str
     bytes: int = 0

@@ -13,7 +13,7 @@ from streammerge.cli.main import options_of, required
 from streammerge.cli.output import Output
 from streammerge.cli.show import plan_text, status_text
 from streammerge.core.errors import UsageError
-from streammerge.core.text import count_text, printable, size_text
+from streammerge.core.text import count_text, printable, size_text, some_of
 from streammerge.progress import Bar, duration_text
 from streammerge.report import Report
 from streammerge.stream import Event, Progress, silent
@@ -51,6 +51,8 @@ def _run_job(job: Job, output: Output, *, verify: bool) -> None:
             bar.close()
     for note in report.notes:
         output.note(note)
+    if code := report.document["code"]:
+        output.note(f"copied with the model, for loaders that may run it: {some_of(code)}; `--no-code` leaves it out")
     output.say(_sentence(report))
     if output.verbose and report.io:
         output.say(f"weights were written with {report.io} I/O")
@@ -68,6 +70,8 @@ def _json_progress(output: Output) -> Progress:
                 output.line("shard", shard)
             elif event.kind == "start":
                 output.line("start", {"bytes": event.bytes, "shards": event.count})
+            elif event.kind == "reread":
+                output.line("reread", {"bytes": event.bytes})
             elif event.kind == "resume":
                 output.line("resume", {"bytes": event.bytes, "blocks": event.count})
 
@@ -137,6 +141,7 @@ def verify(arguments: argparse.Namespace, output: Output) -> None:
             adapters=arguments.adapter,
             sample=arguments.sample,
             full=arguments.full,
+            subset=arguments.subset,
             progress=bar or silent,
             **options,
         )

@@ -18,10 +18,9 @@ from typing import Any, NoReturn
 import streammerge
 from streammerge.cli.output import Output
 from streammerge.cli.signals import interruptible
-from streammerge.core import io
 from streammerge.core.errors import StreamMergeError, UsageError
 from streammerge.core.options import DEFAULT_MEMORY, Options
-from streammerge.core.text import parse_size, size_text
+from streammerge.core.text import parse_size, redacted, size_text
 
 COMMANDS = ("run", "plan", "inspect", "verify", "status", "demo")
 EPILOG = (
@@ -35,18 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     output = Output(json=getattr(arguments, "json", False), quiet=arguments.quiet, verbose=arguments.verbose)
     try:
-        with interruptible():
+        with interruptible(output.error):
             _command(arguments.command)(arguments, output)
-            sys.stdout.flush()
     except StreamMergeError as error:
         output.error(error)
         return error.exit_code
-    except BrokenPipeError:
-        io.redirect_to_nothing(sys.stdout.fileno())  # a reader such as `head` has had enough
-        return 0
     except Exception:
         output.bug(traceback.format_exc())
         return 1
+    if output.lost:
+        output.error(output.lost)
+        return output.lost.exit_code
     return 0
 
 
@@ -81,7 +79,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command = commands[arguments.command]
         flags = re.findall(r"--[a-z][a-z-]+", command.format_usage())
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        command.error(f"unrecognized argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        command.error(f"unrecognized argument {redacted(unknown[0])}" + (f"; did you mean {near[0]}?" if near else ""))
     return arguments
 
 
@@ -197,6 +195,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--sample", metavar="PERCENT", type=_percent, help="share of the output to derive again (default 5%%)"
     )
     share.add_argument("--full", action="store_true", help="derive all of it again")
+    parser.add_argument(
+        "--subset", metavar="I/N", type=_part, help="only the I-th of N parts: N runs are a whole verification"
+    )
     _add_options(parser, ("workers", "memory", "read", "rules"))
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
@@ -227,6 +228,14 @@ def _percent(text: str) -> float:
     if not 0 < value <= 100:
         raise argparse.ArgumentTypeError(f"`{text}` is not a share such as 5%")
     return value / 100
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    part = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a part such as 2/5: one of five, counted from 1")
+    return part
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

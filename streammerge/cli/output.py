@@ -7,63 +7,77 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
-from streammerge.core.errors import StreamMergeError
-from streammerge.core.text import printable
+from streammerge.core import io
+from streammerge.core.errors import StreamMergeError, WriteError
+from streammerge.core.text import printable, redacted, shortened
 
 REPORT_TO = "this is a bug of streammerge: please report it with the text above and the command"
 
 
 @dataclass(slots=True)
 class Output:
-    """How one command speaks. With `--json` a command prints one document, or lines, never both."""
+    """How one command speaks. With `--json` a command prints one document, or lines, never both. `lost` is why results
+    could not be printed, for when the command is done."""
 
     json: bool
     quiet: bool
     verbose: bool
     documented: bool = False
+    lost: WriteError | None = None
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        """A text, at once. A reader that has gone, or a full disk below a log, is no reason to stop what is under way:
+        what follows disappears."""
+        try:
+            print(text, file=stream, flush=True)
+        except OSError as error:
+            io.redirect_to_nothing(stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):  # `head` has had enough
+                self.lost = WriteError("standard output", "write to", error.strerror or str(error))
 
     def result(self, text: str) -> None:
         """A result for people: a path, a table, a sentence."""
         if not self.json:
-            print(text)
+            self._print(text, sys.stdout)
 
     def document(self, value: Mapping[str, Any]) -> None:
         """The one JSON document of a command, with `--json`."""
         if self.json:
-            print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+            self._print(json.dumps(value, indent=2, ensure_ascii=False, default=str), sys.stdout)
             self.documented = True
 
     def line(self, kind: str, value: Mapping[str, Any]) -> None:
         """One line of a JSON stream, with `--json`."""
         if self.json:
-            print(json.dumps({"type": kind} | dict(value), ensure_ascii=False, default=str), flush=True)
+            self._print(json.dumps({"type": kind} | dict(value), ensure_ascii=False, default=str), sys.stdout)
 
     def note(self, text: str) -> None:
         """A sentence worth knowing, unless quiet."""
         if not self.quiet:
-            print(f"note: {printable(text)}", file=sys.stderr)
+            self._print(f"note: {printable(text)}", sys.stderr)
 
     def say(self, text: str) -> None:
         """A line about what is happening, unless quiet."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            self._print(text, sys.stderr)
 
     def error(self, error: StreamMergeError) -> None:
         """A refusal or failure: summary, details, one hint. Escaped here once more, so that no class can forget it."""
         mark = "\033[31merror:\033[0m" if _coloured() else "error:"
-        print(f"{mark} {printable(error.summary())}", file=sys.stderr)
+        self._print(f"{mark} {_line(error.summary())}", sys.stderr)
         for line in error.details():
-            print(f"  {printable(line)}", file=sys.stderr)
+            self._print(f"  {_line(line)}", sys.stderr)
         if error.hint():
-            print(f"\nhint: {printable(error.hint())}", file=sys.stderr)
+            self._print(f"\nhint: {_line(error.hint())}", sys.stderr)
         if self.json and not self.documented:
-            print(json.dumps({"type": "error"} | error.data(), ensure_ascii=False, default=str), flush=True)
+            self._print(json.dumps({"type": "error"} | error.data(), ensure_ascii=False, default=str), sys.stdout)
 
     def bug(self, trace: str) -> None:
-        """An exception that is no refusal."""
-        print(f"{trace}\n{REPORT_TO}", file=sys.stderr)
+        """An exception that is no refusal. Its text is not ours: it may hold a URL, or what a stranger wrote."""
+        lines = (printable(line) for line in redacted(trace).split("\n"))
+        self._print("\n".join([*lines, REPORT_TO]), sys.stderr)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
@@ -78,6 +92,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(text: str) -> str:
+    """What an error says, on one line that a stranger's text cannot make endless."""
+    return printable(redacted(shortened(text)))
 
 
 def _coloured() -> bool:

@@ -16,6 +16,7 @@ from streammerge.inspection import AdapterStatus, ModuleStatus
 from streammerge.methods import FORMULAS
 from streammerge.planning.adapted import AdaptedModule, adapted_modules, output_files, rules_summary
 from streammerge.planning.model import MergePlan
+from streammerge.planning.sidecars import NO_CODE
 from streammerge.progress import duration_text
 
 SHOWN = 12
@@ -44,6 +45,7 @@ def plan_text(plan: MergePlan, output: str | None, *, verbose: bool) -> str:
     lines += [f"config    {printable('.'.join(path))} = {value!r}" for path, value in plan.config_edits]
     lines += [f"ignored   {printable(key)} ({rule})" for item in plan.adapters for key, rule in item.ignored.items()]
     lines += [f"code      {printable(name)} is copied; loaders may run it" for name in plan.code]
+    lines += [f"code      {printable(name)} is left out" for name, rule in plan.left_out if rule == NO_CODE]
     lines += [f"note      {printable(note)}" for note in plan.notes]
     lines += ["", _tensor_table(plan, None if verbose else SHOWN)]
     for module in modules if verbose else ():

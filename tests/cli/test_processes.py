@@ -1,20 +1,15 @@
-"""The command line as a process of its own: what it imports, how it ends on a signal, what it does when its reader has
-gone away."""
+"""The command line as a process of its own: what it imports, how it is killed, what it does when its reader has gone
+away."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from streammerge.cli.signals import interruptible
-from streammerge.core.errors import Interrupted
 from tests.refusals.making import (
     MARKER,
     STAGING,
@@ -107,36 +102,6 @@ def started(base: Path, adapter: Path, out: Path) -> subprocess.Popen[str]:
         assert time.monotonic() < deadline, "the run does not begin to write"
         time.sleep(0.01)
     return process
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_a_run_with_its_code_and_leaves_nothing_loadable(
-    tmp_path: Path, signum: signal.Signals, code: int
-) -> None:
-    base, adapter = inputs_at(tmp_path)
-    process = started(base, adapter, tmp_path / "out")
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert out == ""
-    assert f"error: stopped by signal {signum.value}; the same command goes on from here" in err
-    assert "Traceback" not in err
-    assert_nothing_loadable(tmp_path / "out")
-    assert list((tmp_path / "out").glob("*.safetensors*")) == []
-    merged(base, adapter, tmp_path / "out")
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_is_an_exception_the_second_is_not_waited_for_and_handlers_are_put_back(
-    signum: signal.Signals,
-) -> None:
-    before = signal.getsignal(signum)
-    with interruptible():
-        with pytest.raises(Interrupted) as caught:
-            signal.raise_signal(signum)
-        assert signal.getsignal(signum) is signal.SIG_DFL
-    assert caught.value.exit_code == 128 + signum
-    assert signal.getsignal(signum) is before
 
 
 def test_a_run_that_is_killed_leaves_nothing_loadable_and_the_same_command_finishes_it(tmp_path: Path) -> None:

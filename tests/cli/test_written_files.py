@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streammerge.report import sealed
 from tests.refusals.making import (
     ALPHA,
     BASE_CONFIG,
@@ -259,7 +260,7 @@ def test_nothing_of_ours_is_left_but_the_report_and_where_the_inputs_were(tmp_pa
     ours = sorted(path.name for path in (tmp_path / "out").iterdir() if "streammerge" in path.name)
     assert ours == [".streammerge-inputs.json", MARKER]
     recorded = json.loads((tmp_path / "out" / ".streammerge-inputs.json").read_text())
-    assert recorded == {"base": str(base), "adapters": [str(adapter)]}
+    assert recorded == sealed({"base": str(base), "adapters": [str(adapter)]})
     report = (tmp_path / "out" / MARKER).read_text()
     assert str(tmp_path) not in report
 

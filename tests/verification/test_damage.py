@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from streammerge.core import strict_json
 from streammerge.core.digests import block_digest, file_digest
-from streammerge.report import own_digest
+from streammerge.report import sealed
 from tests.refusals.making import (
     BASE_CONFIG,
     INDEX,
@@ -22,7 +24,7 @@ from tests.refusals.making import (
     make_adapter,
     make_base,
 )
-from tests.verification.outputs import FIRST, SECOND, failed, finished, flip
+from tests.verification.outputs import FIRST, ORIGIN, SECOND, failed, finished, flip
 
 
 # --- what was changed -------------------------------------------------------------------------------------------------
@@ -55,11 +57,54 @@ def test_a_file_of_another_length_is_found(tmp_path: Path, change: Callable[[byt
     failed(out, f"`{SECOND}` has {len(change(data)):,} bytes, the report says {len(data):,}")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "extra.safetensors", "pytorch_model.bin", "sub/x.safetensors"])
-def test_a_weight_file_that_is_not_of_this_output_is_found(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors", "extra.safetensors", "pytorch_model.bin", "sub/x.safetensors", "modeling_x.py",
+        "model.gguf", "tokenizer.json", "chat_template.jinja", "added_tokens.json", "sub/config.json",
+        "adapter_config.json", "x",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_of_this_output_is_found(tmp_path: Path, name: str) -> None:
     _, _, out = finished(tmp_path)
     shutil.copy(out / FIRST, out / name)
     failed(out, f"`{name}` is not a file of this output")
+
+
+@pytest.mark.parametrize(
+    "name", ["NOTES.md", "model.sig", ".gitattributes", ".git/config", ".cache/huggingface/x.lock"]
+)
+def test_a_file_beside_it_that_no_loader_looks_at_is_left_alone_and_named(tmp_path: Path, name: str) -> None:
+    _, _, out = finished(tmp_path)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("x")
+    outcome = call("verify", out)
+    assert outcome.code == 0, outcome.err
+    assert f"note: `{name}`: not of this output, and not checked" in outcome.err
+
+
+def test_what_a_killed_run_left_in_its_staging_area_is_no_file_of_the_output(tmp_path: Path) -> None:
+    _, _, out = finished(tmp_path)
+    (out / STAGING / "0123").mkdir(parents=True)
+    shutil.copy(out / FIRST, out / STAGING / "0123" / FIRST)
+    assert call("verify", out).code == 0
+
+
+@pytest.mark.parametrize("file", [FIRST, BASE_CONFIG, "sub/notes.txt"])
+@pytest.mark.parametrize("what", ["a folder", "a pipe", "a dangling link"])
+def test_something_else_in_the_place_of_a_file_is_found(tmp_path: Path, file: str, what: str) -> None:
+    _, _, out = finished(tmp_path)
+    (out / file).unlink()
+    match what:
+        case "a folder":
+            (out / file).mkdir()
+        case "a pipe":
+            os.mkfifo(out / file)
+        case _:
+            (out / file).symlink_to("nowhere")
+    outcome = call("verify", out)
+    assert outcome.code == 6, outcome.err
+    assert file in outcome.err
 
 
 def test_swapped_shards_are_found(tmp_path: Path) -> None:
@@ -92,13 +137,24 @@ def test_an_index_that_was_rewritten_to_say_something_else_is_found(tmp_path: Pa
     failed(out, "it disagrees with its shards", INDEX)
 
 
+def test_a_record_of_the_inputs_that_was_changed_is_found(tmp_path: Path) -> None:
+    _, _, out = finished(tmp_path)
+    whole = (out / ORIGIN).read_bytes()
+    text = whole.decode()
+    for changed in ("", "{", "[]", "{}", text.replace("/base", "/bose"), text.replace("digest", "digezt"), text + " "):
+        (out / ORIGIN).write_text(changed)
+        failed(out, f"`{ORIGIN}` was changed after it was written", "with `--base` and `--adapter`")
+    (out / ORIGIN).write_bytes(whole)
+    assert call("verify", out).code == 0
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 def rewritten(out: Path, change: Callable[[dict[str, object]], object]) -> None:
     """A report that somebody edited, its own digest made to fit."""
     document = json.loads((out / MARKER).read_text())
     change(document)
     document.pop("digest", None)
-    (out / MARKER).write_text(json.dumps({**document, "digest": own_digest(document)}))
+    (out / MARKER).write_bytes(strict_json.dumps(sealed(document)))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +187,17 @@ def test_a_report_that_was_edited_is_found_by_its_own_digest(tmp_path: Path, par
         document[part] = ["x"]
     (out / MARKER).write_text(json.dumps(document))
     failed(out, f"`{MARKER}` was changed after it was written: its own digest does not fit")
+
+
+def test_a_report_that_says_the_same_in_other_bytes_is_found(tmp_path: Path) -> None:
+    """A flipped bit can make `1E-05` of `1e-05` and `B` of `b` in an escape, and values stay as they are."""
+    _, _, out = finished(tmp_path)
+    text = (out / MARKER).read_text()
+    assert json.loads(text)["digest"]
+    for changed in (text.replace(": ", ":  ", 1), text + "\n", text.replace('"tensors"', '"\\u0074ensors"'), text[:-1]):
+        assert json.loads(changed) == json.loads(text)
+        (out / MARKER).write_text(changed)
+        failed(out, f"`{MARKER}` was changed after it was written: its own digest does not fit")
 
 
 def test_a_report_of_another_version_is_not_taken_for_ours(tmp_path: Path) -> None:
