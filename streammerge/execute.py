@@ -21,13 +21,14 @@ from streammerge.core.errors import (
     OutputExistsError,
     StreamMergeError,
     UsageError,
+    WriteError,
 )
 from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
-from streammerge.report import Report, WrittenFile, document_of, origin_of
+from streammerge.report import Report, WrittenFile, document_of, origin_of, sealed
 from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
-from streammerge.sinks.hashes import FileHashes
+from streammerge.sinks.hashes import SUMS, FileHashes, sums_of
 from streammerge.sinks.journal import read_journal
 from streammerge.sinks.recovery import Recovered, recover
 from streammerge.sinks.shards import ShardSink, Told, copy_file
@@ -63,8 +64,9 @@ def execute(
     directory.refuse_inside([inputs.checkpoint.facts.root, *(adapter.facts.root for adapter in inputs.adapters)])
     sizes = [shard.size for shard in plan.shards]
     identity = {"fingerprint": fingerprint_of(plan, inputs.checkpoint), **origin_of(plan)}
-    about = {**identity, "sizes": sizes, "inputs": whereabouts(inputs)}
+    about = {**identity, "sizes": sizes, "inputs": whereabouts(inputs), "base_files": base_files(inputs.checkpoint)}
     files = [*(shard.file for shard in plan.shards), *(sidecar.name for sidecar in plan.sidecars)]
+    files += [SUMS] if plan.options.get("sha256") else []
     try:
         with _undisturbed(output):
             if chosen.overwrite or directory.state() is not State.FINISHED:
@@ -75,8 +77,9 @@ def execute(
             return Report(output, read_report(output), "already complete", time.monotonic() - began)
         publisher = Publisher(plan, inputs, directory, progress)
         try:
-            how = publisher.write_shards(chosen)
-            document = publisher.publish(identity["fingerprint"])
+            with _undisturbed(output):
+                how = publisher.write_shards(chosen)
+                document = publisher.publish(identity["fingerprint"])
         except BaseException as error:
             publisher.give_up(error)
             raise
@@ -87,13 +90,14 @@ def execute(
 
 @contextlib.contextmanager
 def _undisturbed(output: Path) -> Iterator[None]:
-    """While an output is looked at: what vanishes from it was removed by another run, which is about to finish."""
+    """While an output is worked on: what vanishes from it was taken by another run, or removed by somebody else."""
     try:
         yield
-    except InputMissingError as error:
-        if not Path(error.path).is_relative_to(output):
+    except (InputMissingError, WriteError) as error:
+        vanished = isinstance(error, InputMissingError) or isinstance(error.__cause__, FileNotFoundError)
+        if not vanished or not Path(error.path).is_relative_to(output):
             raise
-        reason = f"another run is at work on `{output}`: `{error.path}` vanished while it was looked at"
+        reason = f"another run is at work on `{output}`: `{error.path}` vanished while it was in use"
         raise OutputExistsError(reason, "wait for it, and run the same command again") from None
 
 
@@ -139,9 +143,9 @@ class Publisher:
         """Write every weight file into the staging area, but for what an earlier run has left there; how they were
         written."""
         plan, workers = self.plan, self.plan.figures.workers
-        self.progress(Event("start", plan.figures.write, count=len(plan.shards)))
-        self._recovered = recover(plan.shards, self.directory.run, self.directory.path, workers)
+        self._recovered = recover(plan.shards, self.directory.run, self.directory.path, workers, self._reread)
         there = self._recovered.blocks
+        self.progress(Event("start", plan.figures.write, count=len(plan.shards)))
         if there:
             spans = (block_range(block, plan.shards[number].size) for number, block in there)
             self.progress(Event("resume", sum(end - start for start, end in spans), count=len(there)))
@@ -152,6 +156,9 @@ class Publisher:
         stream = Stream(plan, self.inputs, device_of(options.device))
         self._files, self._stats = stream.into(sink, there), stream.stats
         return sink.io
+
+    def _reread(self, count: int, total: int) -> None:
+        self.progress(Event("bytes", count) if count else Event("reread", total))
 
     def _wrote_file(self, shard: OutputShard) -> None:
         if self._hashes:
@@ -172,15 +179,19 @@ class Publisher:
             if self._hashes:
                 self._hashes.add(sidecar.name, directory.run / sidecar.name)
         late = {name: data for name, data in ((INDEX, plan.index), (CONFIG, plan.config)) if data is not None}
+        sums: dict[str, str] = {}
+        if self._hashes:
+            sums = self._hashes.results() | {name: hashlib.sha256(data).hexdigest() for name, data in late.items()}
+            late = {SUMS: sums_of(sums), **late}
+            sums[SUMS] = hashlib.sha256(late[SUMS]).hexdigest()
         for name, data in late.items():
             spans = [block_range(n, len(data)) for n in range(block_count(len(data)))]
             sidecars[name] = WrittenFile(len(data), tuple(block_digest([data[a:b]]) for a, b in spans))
         files = self._files
-        if self._hashes:
-            sums = self._hashes.results() | {name: hashlib.sha256(data).hexdigest() for name, data in late.items()}
+        if sums:
             files, sidecars = ({n: replace(f, sha256=sums[n]) for n, f in some.items()} for some in (files, sidecars))
         document = document_of(plan, fingerprint, self._stats, files, sidecars)
-        late |= {INPUTS: strict_json.dumps(whereabouts(self.inputs)), MARKER: strict_json.dumps(document)}
+        late |= {INPUTS: strict_json.dumps(sealed(whereabouts(self.inputs))), MARKER: strict_json.dumps(document)}
         staged = [name for name in files if name not in self._published]
         directory.publish([*staged, *(sidecar.name for sidecar in plan.sidecars)], late)
         return document
@@ -196,7 +207,7 @@ class Publisher:
         same refusal again, or where there is nothing yet."""
         if self._hashes:
             self._hashes.close()
-        if not self.directory.alone:
+        if not self.directory.alone or isinstance(error, OutputExistsError):
             return  # what is there may be another run's, which is about to finish it
         with contextlib.suppress(StreamMergeError):
             # What cannot be removed now stays behind as an unfinished run, which the next one goes on with.
@@ -204,6 +215,13 @@ class Publisher:
                 self.directory.abandon()
             else:
                 self.directory.withdraw()
+
+
+def base_files(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size and time of modification of the base's files where they could change: a commit on the Hub cannot."""
+    facts = checkpoint.facts
+    shards = facts.shards if facts.identity == LOCAL else ()
+    return {shard.file: [shard.state.size, shard.state.mtime_ns] for shard in shards}
 
 
 def whereabouts(inputs: Inputs) -> dict[str, Any]:

@@ -1,9 +1,15 @@
-"""The tallies of the oracles at the end of a run: here and not beside their cases, because with several processes only
-this file is loaded where the summary is written."""
+"""The order checker, which looks on in every test; and the tallies of the oracles at the end of a run: here and not
+beside their cases, because with several processes only this file is loaded where the summary is written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from tests.campaigns.order import ORDER
+
+ORDER.install()
 
 ORACLES = {"tests/oracle/": "LoRA oracle cases equal", "tests/architectures/": "model types equal to PEFT"}
 """What the cases of a folder are; a test's case is what stands before the `@` in its parameters."""
@@ -13,6 +19,20 @@ _TALLY: dict[str, dict[str, bool]] = {folder: {} for folder in ORACLES}
 """Whether every test of a case has passed so far."""
 _REASONS: dict[str, str] = {}
 """Model types that cannot be built, and why."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", "out_of_order: the test itself breaks the order in which files are written")
+
+
+@pytest.fixture(autouse=True)
+def files_are_written_in_order(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does: nothing of it comes before what it depends on is durable."""
+    ORDER.clear()
+    yield
+    if request.node.get_closest_marker("out_of_order") is None:
+        assert ORDER.wrong == []
 
 
 @pytest.hookimpl

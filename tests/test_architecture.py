@@ -19,7 +19,7 @@ PACKAGE = Path(streammerge.__file__).parent
 ROOMS = (
     "core", "formats", "names", "methods", "sources", "planning", "compute", "sinks", "report", "stream",
     "execute", "standing",
-    "verification", "view", "inspection", "progress", "api", "__init__", "demo", "cli", "__main__",
+    "integrity", "verification", "view", "inspection", "progress", "api", "__init__", "demo", "cli", "__main__",
 )  # fmt: skip
 """Rooms and single modules in the order of the data's way; each imports only itself and those to its left."""
 NEVER = {"transformers", "peft", "accelerate"}

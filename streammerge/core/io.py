@@ -11,22 +11,17 @@ import errno
 import mmap
 import os
 import stat
-import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from streammerge.core.errors import InputMissingError, InputReadError, StreamMergeError, UnsafeInputError, WriteError
+from streammerge.core.syscalls import clone_range, fallocate
 
 PAGE = mmap.PAGESIZE
-FOLIO = 2**21
-"""Bytes, aligned, that Linux maps at most at once when one page of a file is touched: a huge page of the page cache."""
 ALIGNMENT = 4096
 """Offset, length and address of a direct read or write are multiples of this: enough for every disk in common use."""
-_CLONE_RANGE = 0x4020940D
-"""ioctl FICLONERANGE: two files share blocks from now on."""
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -43,8 +38,7 @@ def reading(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
         raise InputReadError(str(path), operation, error.strerror or str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class FileState:
+class FileState(NamedTuple):
     """What tells a file from a changed one: size in bytes, modification time in ns, device and inode."""
 
     size: int
@@ -55,30 +49,45 @@ class FileState:
 
 def state_of(fd: int, path: str) -> FileState:
     """The state of an open input."""
-    with reading(path, "stat"):
+    try:  # not `reading`: this is asked at every read, however small
         found = os.fstat(fd)
+    except OSError as error:
+        raise InputReadError(path, "stat", error.strerror or str(error)) from error
     return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
 
 
-def open_input(path: str | os.PathLike[str]) -> int:
-    """A read-only descriptor of a regular file; a FIFO or device is refused without waiting for it."""
+def path_state(path: str | os.PathLike[str]) -> FileState:
+    """The state of an input that is not open yet."""
+    with reading(path, "stat"):
+        found = os.stat(path)
+    return FileState(found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino)
+
+
+def open_input(path: str | os.PathLike[str], *, links: bool = True) -> int:
+    """A read-only descriptor of a regular file; a FIFO or device is refused without waiting for it. A path that is a
+    link itself is followed where `links` allows it."""
     with reading(path, "open"):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        mode = os.fstat(fd).st_mode
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+        try:
+            mode = os.fstat(fd).st_mode
+        except OSError:
+            close(fd)
+            raise
     if not stat.S_ISREG(mode):
-        os.close(fd)
+        close(fd)
         raise UnsafeInputError(str(path), "not a regular file")
     return fd
 
 
 def open_direct(path: str) -> int | None:
     """A second descriptor of an open input that reads past the page cache; None where the file system cannot."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return None
-        raise InputReadError(path, "open", error.strerror or str(error)) from error
+    with reading(path, "open"):
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return None
 
 
 def aligned_buffer(size: int) -> memoryview:
@@ -95,16 +104,10 @@ def read_at(fd: int, path: str, offset: int, size: int) -> bytearray:
 
 def read_into(fd: int, path: str, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from `offset`."""
-    done = 0
-    with reading(path, "read"):
-        while done < len(buffer):
-            count = os.preadv(fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise InputReadError(str(path), "read", f"the file ends at byte {offset + done:,}; did it change?")
-            done += count
+    read_direct(fd, path, offset, buffer, len(buffer), alignment=1)
 
 
-def read_direct(fd: int, path: str, offset: int, buffer: memoryview, least: int) -> None:
+def read_direct(fd: int, path: str, offset: int, buffer: memoryview, least: int, alignment: int = ALIGNMENT) -> None:
     """Read into an aligned buffer past the page cache; the file may end after `least` bytes, and not before."""
     done = 0
     with reading(path, "read"):
@@ -113,7 +116,7 @@ def read_direct(fd: int, path: str, offset: int, buffer: memoryview, least: int)
             if count == 0:
                 raise InputReadError(path, "read", f"the file ends at byte {offset + done:,}; did it change?")
             done += count
-            if done < least and done % ALIGNMENT:
+            if done < least and done % alignment:
                 raise InputReadError(path, "read", f"only {done:,} of {least:,} bytes came; did the file change?")
 
 
@@ -126,7 +129,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
             raise InputReadError(str(path), "read", f"{size:,} bytes, at most {limit:,} are read of such a file")
         return bytes(read_at(fd, str(path), 0, size))
     finally:
-        os.close(fd)
+        close(fd)
 
 
 @contextlib.contextmanager
@@ -151,36 +154,39 @@ def map_input(fd: int, path: str, size: int) -> mmap.mmap:
         return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def give_back(mapping: mmap.mmap, start: int, end: int) -> None:
-    """Drop the pages of [start, end) from this process: they stay in the page cache, not in our memory.
-
-    With all of the FOLIO around both ends: one touch may have mapped as much, and who still reads there faults it in
-    again.
-    """
-    first, last = start // FOLIO * FOLIO, min(-(-end // FOLIO) * FOLIO, -(-len(mapping) // PAGE) * PAGE)
-    if last > first:
-        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
 def close(fd: int) -> None:
-    """Close a descriptor."""
-    os.close(fd)
+    """Close a descriptor. Linux lets go of it whatever it says, and what has to last was synced before."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise  # ours no longer: a bug
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether something is at `path`; a dangling link is nothing."""
-    return os.path.exists(path)
+    """Whether something is at `path`; a dangling link is nothing. InputReadError where that cannot be told."""
+    return _mode_of(path) is not None
 
 
 def is_dir(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory."""
-    return os.path.isdir(path)
+    """Whether `path` is a directory. InputReadError where that cannot be told."""
+    return stat.S_ISDIR(_mode_of(path) or 0)
+
+
+def _mode_of(path: str | os.PathLike[str]) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # no name that a file can have
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise InputReadError(str(path), "look at", error.strerror or str(error)) from error
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
     """Bytes of a file."""
-    with reading(path, "stat"):
-        return os.stat(path).st_size
+    return path_state(path).size
 
 
 def list_dir(path: str | os.PathLike[str]) -> list[str]:
@@ -219,7 +225,11 @@ def _writing(path: str | os.PathLike[str], operation: str) -> Iterator[None]:
 def make_dirs(path: str | os.PathLike[str]) -> None:
     """Create a directory and its parents."""
     with _writing(path, "create the directory"):
-        os.makedirs(path, exist_ok=True)
+        try:
+            os.makedirs(path)
+        except FileExistsError:
+            if not is_dir(path):
+                raise
 
 
 def create(path: str | os.PathLike[str], *, direct: bool = False) -> int:
@@ -256,19 +266,21 @@ def open_lock(path: str | os.PathLike[str]) -> int:
 
 
 def takes_direct_writes(folder: str | os.PathLike[str]) -> bool:
-    """Whether files in `folder` can be written past the page cache; found out by doing it. Whatever else goes wrong
-    there is for the first real write to meet."""
+    """Whether files in `folder` can be written past the page cache; found out by doing it, in a file without a name
+    where the file system has such. Raises WriteError for whatever else goes wrong there."""
     probe = os.path.join(folder, f"probe.{os.getpid()}.tmp")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_DIRECT
-    with contextlib.suppress(OSError):
+    for path, kind in ((folder, os.O_TMPFILE), (probe, os.O_CREAT | os.O_EXCL)):
         try:
-            fd = os.open(probe, flags, 0o666)
+            fd = os.open(path, kind | os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT, 0o600)
             try:
                 return os.pwrite(fd, aligned_buffer(ALIGNMENT), 0) == ALIGNMENT
             finally:
-                os.close(fd)
+                close(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR):
+                raise WriteError(str(path), "write a probe to", error.strerror or str(error)) from error
         finally:
-            os.unlink(probe)  # some file systems create the file before they refuse the flag
+            remove(probe)  # some file systems create the file before they refuse the flag
     return False
 
 
@@ -276,31 +288,19 @@ def allocate(fd: int, path: str, size: int) -> None:
     """Reserve `size` bytes where the file system can, so that a full disk is found now and not at the end."""
     if size == 0:
         return
-    try:
-        _fallocate(fd, size)
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            return
-        raise WriteError(str(path), "reserve space for", error.strerror or str(error)) from error
-
-
-def _fallocate(fd: int, size: int) -> None:
-    """The system call itself: posix_fallocate of the C library writes to every block where the file system cannot."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    with _writing(path, "reserve space for"):
+        try:
+            fallocate(fd, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 def clone(source: int, source_offset: int, target: int, offset: int, size: int) -> bool:
     """Let a range of one file share the blocks of another's; False where the file system or the ranges do not allow
     it, and nothing was done."""
-    import fcntl
-
-    request = struct.pack("qQQQ", source, source_offset, size, offset)
     try:
-        fcntl.ioctl(target, _CLONE_RANGE, request)
+        clone_range(source, source_offset, target, offset, size)
     except OSError:
         return False
     return True
@@ -324,12 +324,6 @@ def sync_file(fd: int, path: str) -> None:
         os.fsync(fd)
 
 
-def drop_cached(fd: int, offset: int, size: int) -> None:
-    """Start writing bytes back to the disk, and drop from the page cache what is already there; best effort."""
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
-
-
 def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Move a finished file into place; replaces atomically."""
     with _writing(target, "rename into"):
@@ -346,7 +340,7 @@ def sync_dir(path: str | os.PathLike[str]) -> None:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                 raise
         finally:
-            os.close(fd)
+            close(fd)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -357,11 +351,12 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 def remove_dir_if_empty(path: str | os.PathLike[str]) -> None:
     """Remove a directory, unless something is in it or it is already gone."""
-    try:
-        os.rmdir(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-            raise WriteError(str(path), "remove", error.strerror or str(error)) from error
+    with _writing(path, "remove"):
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def remove_empty_dirs(path: str | os.PathLike[str]) -> None:
@@ -380,7 +375,7 @@ def redirect_to_nothing(fd: int) -> None:
     """Let further writes to a descriptor disappear: its reader has gone away."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, fd)
-    os.close(null)
+    close(null)
 
 
 def free_space(path: str | os.PathLike[str]) -> int:

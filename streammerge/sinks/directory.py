@@ -9,22 +9,23 @@ bytes, and nobody touches the folder of another plan but to remove it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.core import io, strict_json
-from streammerge.core.errors import InputMissingError, MalformedInputError, OutputExistsError, StreamMergeError
+from streammerge.core.errors import OutputExistsError, StreamMergeError
 from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
+from streammerge.sinks.records import RUN, changed_files, files_of, read_run, told_apart
 
 STAGING = ".streammerge"
 MARKER = "streammerge.json"
 INPUTS = ".streammerge-inputs.json"
-RUN = "run.json"
-"""In the folder of a run: which plan and inputs it belongs to, and the files it would write."""
 LOCK = "lock"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LATE = (INDEX, CONFIG, MARKER)
@@ -40,6 +41,17 @@ class State(Enum):
     FINISHED = "a finished result"
     UNFINISHED = "an unfinished run"
     FOREIGN = "files that are not ours"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a run meets: its finished result, or `files` of earlier ones, which it `replaces` or goes on with. `begun`
+    says that one of them was its own."""
+
+    files: Sequence[str] = ()
+    replaces: bool = False
+    complete: bool = False
+    begun: bool = False
 
 
 class OutputDirectory:
@@ -69,7 +81,7 @@ class OutputDirectory:
         if not io.is_dir(self.staging):
             return {}
         folders = [self.staging / name for name in io.list_dir(self.staging)]
-        return {folder: run for folder in folders if io.is_dir(folder) and (run := _read_run(folder)) is not None}
+        return {folder: run for folder in folders if io.is_dir(folder) and (run := read_run(folder)) is not None}
 
     def reclaimable(self) -> int:
         """Bytes of the result or the unfinished run that a run in its place removes or goes on with."""
@@ -98,35 +110,61 @@ class OutputDirectory:
         the names that a report gives it; `files` is everything the run will write. Raises OutputExistsError for
         anything that is not ours to touch.
         """
-        fingerprint = str(identity["fingerprint"])
-        own = self.staging / fingerprint[:FOLDER_DIGITS]
-        runs = self.runs()
-        finished = self.marker() if self.state() is State.FINISHED else None
-        if finished and finished.get("fingerprint") == fingerprint and not overwrite:
+        found = self._look(identity, overwrite=overwrite)
+        if not found.complete:
+            self._take_lock()
+            found = self._look(identity, overwrite=overwrite)  # another run may have ended since
+        if found.complete:
             self._clear_staging()
             return False
-        foreign = [(finished, "the finished result", "choose another `--output`")] if finished else []
+        self.run = self.staging / str(identity["fingerprint"])[:FOLDER_DIGITS]
+        io.make_dirs(self.run)
+        # Written down before anything is removed: whenever this is cut short, the next run knows what is ours, and
+        # whether it has to begin with the removal.
+        record = {**identity, "files": sorted({*found.files, *files}), "replaces": found.replaces}
+        self.put(RUN, strict_json.dumps(record), into=self.run)
+        if found.replaces:
+            self._remove(found.files)
+            self.put(RUN, strict_json.dumps({**record, "replaces": False}), into=self.run)
+        return not self._look_back(identity, begun=found.begun).complete
+
+    def _look_back(self, identity: Mapping[str, Any], *, begun: bool) -> _Found:
+        """Look again when the run is written down: where there are no locks, another one may have come in between. Of
+        two different merges that begin at once, each sees the other, unless the other has already seen it and gone."""
+        try:
+            found = self._look(identity, overwrite=False)
+        except OutputExistsError:
+            if not begun:
+                _empty(self.run)
+            raise
+        if found.complete:
+            self._clear_staging()
+        return found
+
+    def _look(self, identity: Mapping[str, Any], *, overwrite: bool) -> _Found:
+        """What is there for a run to go on with or to replace. Raises OutputExistsError for what it may not."""
+        fingerprint = str(identity["fingerprint"])
+        runs = list(self.runs().values())
+        finished = self.marker() if self.state() is State.FINISHED else None
+        if finished and finished.get("fingerprint") == fingerprint and not overwrite:
+            return _Found(complete=True)
+        own = next((run for run in runs if run["fingerprint"] == fingerprint), {})
+        others = [(finished, "the finished result", "choose another `--output`")] if finished else []
         advice = "finish it with the command that began it"
-        foreign += [(run, "an unfinished run", advice) for run in runs.values() if run["fingerprint"] != fingerprint]
-        if foreign and not overwrite:
-            other, what, advice = foreign[0]
+        others += [(run, "an unfinished run", advice) for run in runs if run["fingerprint"] != fingerprint]
+        differing = [(told_apart(other, identity), *rest) for other, *rest in others]
+        if "base_files" in own and own["base_files"] != identity.get("base_files"):
+            differing.append((changed_files(own, identity), "an unfinished run", "put back what was there"))
+        if differing and not overwrite:
+            difference, what, advice = differing[0]
             raise OutputExistsError(
                 f"`{self.path}` holds {what} of another merge",
-                f"it was made from another {told_apart(other, identity)}; {advice}, "
-                "or give `--overwrite` to replace it",
+                f"it was made from another {difference}; {advice}, or give `--overwrite` to replace it",
             )
-        before = {name for other in [*runs.values(), *([finished] if finished else [])] for name in _files_of(other)}
-        self._refuse_foreign(sorted(before))
-        self._take_lock()
-        self.run = own
-        io.make_dirs(own)
-        # Written down before anything is removed: whenever this is cut short, the next run knows what is ours.
-        self.put(RUN, strict_json.dumps({**identity, "files": sorted({*before, *files})}), into=own)
-        if foreign:
-            self._remove(sorted(before), keep=own)
-        elif before:
-            self._remove_files(sorted(before.difference(files)))
-        return True
+        results = [*runs, *([finished] if finished else [])]
+        files = sorted({name for result in results for name in files_of(result)})
+        self._refuse_foreign(files)
+        return _Found(files, replaces=bool(differing or own.get("replaces")), begun=bool(own))
 
     def _take_lock(self) -> None:
         """Keep other processes out, which would do the work twice. Nothing but their time depends on it."""
@@ -142,6 +180,9 @@ class OutputDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+            # NFS and FUSE keep a file that is removed while it is open, under another name, until now.
+            with contextlib.suppress(StreamMergeError):
+                io.remove_dir_if_empty(self.staging)
 
     def _refuse_foreign(self, ours: Sequence[str]) -> None:
         """Raise OutputExistsError, before anything is touched, if there is a file that no run of ours put there."""
@@ -168,6 +209,7 @@ class OutputDirectory:
     def publish(self, staged: Sequence[str], late: Mapping[str, bytes]) -> None:
         """Move finished files from staging into place, then write the late files in their order, then tidy up."""
         for name in staged:
+            self._refuse_others(own=True)
             if "/" in name:
                 io.make_dirs((self.path / name).parent)
             io.rename(self.run / name, self.path / name)
@@ -175,8 +217,23 @@ class OutputDirectory:
             io.sync_dir(self.path / folder)
         for name in (*[name for name in late if name not in LATE], *LATE):
             if name in late:
+                self._refuse_others(own=True)
                 self.put(name, late[name])
+        try:
+            self._refuse_others(own=False)
+        except OutputExistsError:
+            io.remove(self.path / MARKER)  # over what the other one has begun to replace
+            raise
         self._clear_staging()
+
+    def _refuse_others(self, *, own: bool) -> None:
+        """Raise OutputExistsError if another merge has begun here, or has removed what says that this one did (`own`).
+        It cannot where locks work, and removes our folder before anything else where they do not."""
+        folders = {self.staging / name for name in io.list_dir(self.staging)} if io.exists(self.staging) else set()
+        runs = {folder for folder in folders if io.exists(folder / RUN)}
+        if runs - {self.run} or (own and self.run not in runs):
+            hint = "let the other one finish, or run the same command again"
+            raise OutputExistsError(f"another run has taken over `{self.path}`", hint)
 
     @property
     def alone(self) -> bool:
@@ -192,7 +249,7 @@ class OutputDirectory:
     def abandon(self) -> None:
         """Remove what an unsuccessful run has staged and published; a result that is complete stays."""
         if not io.exists(self.path / MARKER):
-            self._remove([name for run in self.runs().values() for name in _files_of(run)])
+            self._remove([name for run in self.runs().values() for name in files_of(run)])
         self._clear_staging()
 
     def marker(self) -> dict[str, Any]:
@@ -205,17 +262,17 @@ class OutputDirectory:
                 f"`{path}` is there and cannot be read: {error}", "choose another `--output`"
             ) from error
 
-    def _remove(self, files: Sequence[str], keep: Path | None = None) -> None:
-        """Remove a result or what was published of one, what loaders go by first, and whatever is staged but in the
-        folder `keep`."""
-        for name in (MARKER, CONFIG, INDEX):
+    def _remove(self, files: Sequence[str]) -> None:
+        """Remove a result or what was published of one, what loaders go by first, and whatever is staged but the record
+        of this run."""
+        for name in reversed(LATE):
             io.remove(self.path / name)
         io.sync_dir(self.path)
+        for folder in self.runs():  # first: who still works in one can publish nothing more
+            _empty(folder, but=RUN if folder == self.run else None)
         self._remove_files(files)
         io.remove(self.path / INPUTS)
-        for folder in self.runs():
-            if folder != keep:
-                _empty(folder)
+        io.sync_dir(self.path)
 
     def _remove_files(self, files: Sequence[str]) -> None:
         folders: set[Path] = set()
@@ -226,6 +283,8 @@ class OutputDirectory:
             folders.update(parent for parent in (self.path / name).parents if self.path in parent.parents)
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
             io.remove_dir_if_empty(folder)
+            if io.exists(folder):
+                io.sync_dir(folder)
 
     def _clear_staging(self) -> None:
         """Empty the staging area and remove it."""
@@ -239,51 +298,9 @@ class OutputDirectory:
         io.remove_empty_dirs(self.staging)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, but: str | None = None) -> None:
     """Remove the folder of a run; its record of itself goes last, so that the directory is ours until it is empty."""
     for name in sorted(io.list_tree(folder), key=lambda name: name == RUN):
-        io.remove(folder / name)
+        if name != but:
+            io.remove(folder / name)
     io.remove_empty_dirs(folder)
-
-
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    """What a run wrote down of itself; None where it never came to that."""
-    path = folder / RUN
-    try:
-        run = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
-    except (InputMissingError, MalformedInputError):
-        return None
-    return run if isinstance(run.get("fingerprint"), str) else None
-
-
-def _files_of(result: Mapping[str, Any]) -> list[str]:
-    """The files that a report or a run names."""
-    return [*map(str, result.get("files") or ()), *map(str, result.get("sidecars") or ())]
-
-
-def told_apart(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """What two merges differ in, by what their reports, or runs, say of their origin."""
-
-    def digests(origin: Mapping[str, Any], *names: str) -> list[Any]:
-        listed = origin.get("adapters") or []
-        return [[item.get(name) for name in names] for item in listed if isinstance(item, dict)]
-
-    def base(origin: Mapping[str, Any]) -> Any:
-        found = origin.get("base")
-        return found.get("digest") if isinstance(found, dict) else None
-
-    pairs = {
-        "base": (base(theirs), base(ours)),
-        "adapter": (digests(theirs, "digest"), digests(ours, "digest")),
-        "weight of an adapter": (digests(theirs, "weight"), digests(ours, "weight")),
-        "arithmetic version": (theirs.get("arithmetic"), ours.get("arithmetic")),
-    }
-    found = [name for name, (their, our) in pairs.items() if their != our]
-    their_options, our_options = (origin.get("options") or {} for origin in (theirs, ours))
-    for name in sorted({*their_options, *our_options}):
-        there, here = their_options.get(name), our_options.get(name)
-        if there != here:
-            found.append(f"`--{name.replace('_', '-')}` ({there} there, {here} here)")
-    if not found and theirs.get("plan") == ours.get("plan"):
-        return "content of the base's weights"
-    return ", ".join(found) or "plan"

@@ -1,4 +1,4 @@
-"""SHA-256 of whole files, on a thread of its own: what the Hub and signatures go by, at what it costs.
+"""SHA-256 of whole files, on a thread of its own: what the Hub, signatures and sha256sum go by, at what it costs.
 
 Blocks are made out of order, and this hash only knows one order: a file is read back when it is staged.
 """
@@ -6,12 +6,27 @@ Blocks are made out of order, and this hash only knows one order: a file is read
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from streammerge.core import io
 from streammerge.planning.memory import PIECE
+
+SUMS = "SHA256SUMS"
+"""The file in an output that `sha256sum -c` takes; it names every file but itself and the two that are written last."""
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+
+
+def sums_of(hashes: Mapping[str, str]) -> bytes:
+    """Hashes by name as sha256sum writes them: a line with a name that it has to escape begins with a backslash."""
+    lines = []
+    for name, digest in sorted(hashes.items()):
+        escaped = "".join(_ESCAPES.get(letter, letter) for letter in name)
+        lines.append(f"{chr(92) if escaped != name else ''}{digest}  {escaped}\n")
+    return os.fsencode("".join(lines))
 
 
 class FileHashes:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streammerge.core import io
+from streammerge.core import io, pages
 from streammerge.core.digests import block_count, block_digest, block_number, block_range
 from streammerge.core.errors import OutputExistsError, WriteError
 from streammerge.planning.memory import PIECE
@@ -79,7 +79,7 @@ class ShardFile:
                 io.write_at(self._open(direct=False), self.part, offset + aligned, data[aligned:])
         if not self.direct:
             first = max(0, offset - BEHIND)
-            io.drop_cached(fd, first, offset + size - first)
+            pages.drop(fd, first, offset + size - first)
         self._count(block_number(offset), size, made)
 
     def _count(self, block: int, size: int, made: Made | None) -> None:
@@ -109,7 +109,7 @@ class ShardFile:
     def stage(self) -> None:
         """Give a file that is durable its staged name."""
         if not self.direct:
-            io.drop_cached(self._fds[False], 0, self.shard.size)
+            pages.drop(self._fds[False], 0, self.shard.size)
         self.close()
         try:
             io.rename(self.part, self.final)

@@ -1,39 +1,51 @@
 """Kill a run before its n-th change to the disk, for every n, and run the same command again.
 
-    python -m tests.campaigns.kills LAYOUT FOLDER [--step N] [--twice]
+    python -m tests.campaigns.kills FOLDER [--only LAYOUT ...] [--step N] [--twice N]
 
-A process of its own: it loads torch once, computes nothing, and forks a child for every run, so that a point costs some
-ten milliseconds. Prints one JSON object: how many operations a run has, how many points were tried, and what was wrong.
+A process of its own: it loads torch once and forks a child for every run, so that a point costs a tenth of a second.
+After some kills, what was written is damaged as well before the next run. The order checker looks on in every run, and
+the inputs are looked at after every point. Prints one JSON object: how many operations a run has in every layout, how
+many points and pairs of kills were tried, and what was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import shutil
+import random
+import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-import streammerge
 from streammerge.core import io
+from streammerge.core.errors import StreamMergeError
 from streammerge.sinks import shards
-from tests.refusals.making import BASE_CONFIG, INDEX, MARKER, STAGING, inputs_at
-from tests.sinks.subjects import make_small, make_subject
+from streammerge.sinks.journal import JOURNAL
+from tests.campaigns.layouts import LAYOUTS, Layout, roots_of
+from tests.campaigns.order import ORDER
+from tests.campaigns.watching import differing, snapshot, wrongly_loadable
+from tests.refusals.making import STAGING
+from tests.sinks.subjects import make_small
 
 CHANGES = (
     "create", "open_again", "open_journal", "append", "open_lock", "allocate", "clone", "write_at", "sync_file",
     "rename", "sync_dir", "remove", "remove_dir_if_empty", "make_dirs",
 )  # fmt: skip
 """The functions of `core/io.py` that change something below the output, or make it last."""
-KILLED = 77
+KILLED, OUT_OF_ORDER, REFUSED = 77, 78, 79
 PIECE, BLOCK = 2**13, 2**14
+DAMAGED_EVERY = 3
+"""One point in so many is damaged before the next run."""
+KINDS = ("killed", "killed twice", "torn write", "torn journal", "staged bytes damaged", "journal damaged")
 
 
 class Killer:
@@ -41,6 +53,7 @@ class Killer:
 
     def __init__(self, at: int = 0, *, torn: bool = False) -> None:
         self.at, self.torn, self.count = at, torn, 0
+        self.names: list[str] = []
         self._lock = threading.Lock()
         for name in CHANGES:
             setattr(io, name, self._counted(name, getattr(io, name)))
@@ -49,49 +62,29 @@ class Killer:
         def counted(*arguments: Any, **options: Any) -> Any:
             with self._lock:
                 self.count += 1
+                self.names.append(name)
                 if self.count == self.at:
                     if self.torn and name == "write_at":
                         fd, _, offset, data = arguments[:4]
                         os.pwrite(fd, memoryview(data)[: len(data) // 2 // 4096 * 4096], offset)
                     elif self.torn and name == "append":
                         os.write(arguments[0], arguments[2][: len(arguments[2]) // 2])
-                    os._exit(KILLED)
+                    self.end()
             return real(*arguments, **options)
 
         return counted
 
+    def end(self) -> NoReturn:
+        """End the process."""
+        os._exit(verdict(KILLED))
 
-class Layout:
-    """A merge, and what may lie in its output before."""
 
-    def __init__(self, name: str, root: Path) -> None:
-        self.root, self.out, self.options = root, root / "out", {"workers": 2}
-        self.before: dict[str, Any] | None = None
-        if name == "subject":
-            base, self.adapters = make_subject(root, "BF16")
-        else:
-            base, adapter = inputs_at(root)
-            self.adapters = [adapter]
-        self.base = base
-        match name:
-            case "one file":
-                self.options["max_shard_size"] = "1GB"
-            case "hashes":
-                self.options["sha256"] = True
-            case "overwrite":
-                self.before, self.options["overwrite"] = {"dtype": "float32"}, True
-            case "buffered":
-                self.options["io"] = "buffered"
-
-    def prepare(self) -> None:
-        """The output as it is before the first run."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        if self.before is not None:
-            shutil.copytree(self.root / "before", self.out)
-
-    def merge(self, out: Path, **options: Any) -> None:
-        """The command."""
-        streammerge.merge(self.base, self.adapters, out, **{**self.options, **options})
+def verdict(code: int) -> int:
+    """The exit code of a run, unless it did something too early."""
+    if ORDER.wrong:
+        sys.stderr.write("".join(f"out of order: {found}\n" for found in ORDER.wrong))
+        sys.stderr.flush()
+    return OUT_OF_ORDER if ORDER.wrong else code
 
 
 def child(work: Callable[[], None]) -> int:
@@ -100,9 +93,11 @@ def child(work: Callable[[], None]) -> int:
     if pid == 0:
         code = 1
         try:
+            ORDER.clear()
             work()
-            code = 0
+            code = verdict(0)
         except BaseException as error:
+            code = verdict(REFUSED) if isinstance(error, StreamMergeError) else 1
             sys.stderr.write(f"child: {type(error).__name__}: {error}\n")
             sys.stderr.flush()
         finally:
@@ -120,87 +115,153 @@ class Campaign:
 
     def __init__(self, name: str, root: Path) -> None:
         self.layout, self.wrong = Layout(name, root), []
-        if self.layout.before is not None:
-            options = {**self.layout.before, "overwrite": False}
-            assert child(lambda: self.layout.merge(root / "before", **options)) == 0
-        assert child(lambda: self.layout.merge(root / "healthy")) == 0
+        layout = self.layout
+        if layout.before is not None:
+            assert child(lambda: layout.merge(root / "before", **{**layout.before, "overwrite": False})) == 0
+        assert child(lambda: layout.merge(root / "healthy")) == 0
         self.healthy = bytes_of(root / "healthy")
-        self.old = bytes_of(root / "before") if self.layout.before is not None else {}
-        self.operations = self.counted()
+        self.old = bytes_of(root / "before") if layout.before is not None else {}
+        if layout.began is not None:
+            options = {**layout.began, "overwrite": False}
+            assert self.run(len(self.counted(options)) * 2 // 3, **options) == KILLED
+            layout.out.rename(root / "before")
+        self.changes = self.counted({})
+        self.operations = len(self.changes)
+        self._inputs = snapshot(*roots_of(layout))
 
-    def counted(self) -> int:
-        """How many changes a run makes that nobody disturbs."""
-        self.layout.prepare()
+    def counted(self, options: dict[str, Any]) -> list[str]:
+        """The changes, by their names, that a run makes which nobody disturbs."""
+        if (self.layout.root / "before").exists() or not options:
+            self.layout.prepare()
         note = self.layout.root / "count"
 
         def run() -> None:
             killer = Killer()
-            self.layout.merge(self.layout.out)
-            note.write_text(str(killer.count))
+            self.layout.merge(self.layout.root / "counted" if options else self.layout.out, **options)
+            note.write_text(" ".join(killer.names))
 
         assert child(run) == 0
-        return int(note.read_text())
+        return note.read_text().split()
 
-    def run(self, at: int = 0, *, torn: bool = False) -> int:
+    def run(self, at: int = 0, *, torn: bool = False, **options: Any) -> int:
         """One run, killed before its n-th change if `at` is not 0."""
 
         def work() -> None:
             if at:
                 Killer(at, torn=torn)
-            self.layout.merge(self.layout.out)
+            self.layout.merge(self.layout.out, **options)
 
         return child(work)
 
-    def point(self, *kills: int, torn: bool = False) -> None:
-        """Kill a run, and those that follow it, and let the last one finish."""
+    def point(self, *kills: int, torn: bool = False, damaged: bool = False) -> bool:
+        """Kill a run, and those that follow it, and let the last one finish; whether all of them came to be killed."""
         self.layout.prepare()
+        case = f"{self.layout.root.name}, killed at {kills}{', torn' if torn else ''}{', damaged' if damaged else ''}"
+        codes = []
         for at in kills:
-            if self.run(at, torn=torn) not in (0, KILLED):
-                self.wrong.append(f"killed at {kills}: a run failed")
+            codes.append(self.run(at, torn=torn))
+            if codes[-1] not in (0, KILLED):
+                self.wrong.append(f"{case}: a run failed with {codes[-1]}")
             self.look(kills)
-        if self.run() != 0:
-            self.wrong.append(f"killed at {kills}: the last run failed")
+            if damaged:
+                damage(self.layout.out / STAGING)
+        if (code := self.run()) != 0:
+            self.wrong.append(f"{case}: the last run failed with {code}")
         found = bytes_of(self.layout.out)
         if found != self.healthy:
-            differing = sorted(n for n in {*found, *self.healthy} if found.get(n) != self.healthy.get(n))
-            self.wrong.append(f"killed at {kills}: the result differs in {differing}")
+            self.wrong.append(f"{case}: the result differs in {differing(found, self.healthy)}")
+        if snapshot(*roots_of(self.layout)) != self._inputs:
+            self.wrong.append(f"{case}: the inputs were changed")
+        return set(codes) == {KILLED}
 
     def look(self, kills: tuple[int, ...]) -> None:
         """Whether what is there now is what a loader may see: nothing, what was there before, or the result."""
-        there = {name: data for name, data in bytes_of(self.layout.out).items() if not name.startswith(STAGING + "/")}
-        loadable = BASE_CONFIG in there and (INDEX in there or "model.safetensors" in there)
-        if not (loadable or MARKER in there):
-            return
-        for whole in (self.healthy, self.old):
-            late = {INDEX, BASE_CONFIG, MARKER} if MARKER not in there else set()
-            if whole and all(
-                there.get(name) == data for name, data in whole.items() if name in there or name not in late
-            ):
-                return
-        self.wrong.append(f"killed at {kills}: a loader takes {sorted(there)}")
+        taken = wrongly_loadable(bytes_of(self.layout.out), self.healthy, self.old)
+        if taken:
+            self.wrong.append(f"{self.layout.root.name}, killed at {kills}: a loader takes {taken}")
+
+    def linked(self) -> None:
+        """Somebody puts a link where a killed run left its journal: nothing is written through it."""
+        self.layout.prepare()
+        self.run(self.operations * 2 // 3)
+        victim = self.layout.root / "victim"
+        for journal in list((self.layout.out / STAGING).rglob(JOURNAL)):
+            journal.rename(victim)
+            journal.symlink_to(victim)
+            before = victim.read_bytes()
+            if (code := self.run()) not in (0, REFUSED):  # 0 where nothing was left to write down
+                self.wrong.append(f"{self.layout.root.name}, journal is a link: the run ended with {code}")
+            if victim.read_bytes() != before:
+                self.wrong.append(f"{self.layout.root.name}, journal is a link: it was written through")
+            journal.unlink(missing_ok=True)
+        if self.run() != 0 or bytes_of(self.layout.out) != self.healthy:
+            self.wrong.append(f"{self.layout.root.name}, journal was a link: the next run does not mend it")
+
+    def points(self, step: int, twice: int) -> tuple[int, int]:
+        """Every `step`-th kill, and `twice` second ones for each; how many points and pairs that were."""
+        generator = random.Random(self.layout.root.name)
+        self.linked()
+        points, pairs = 1, 0
+        for at in range(1, self.operations + 1, step):
+            points += 1
+            self.point(at, torn=at % 2 == 0, damaged=at // step % DAMAGED_EVERY == 0)
+            for _ in range(twice):
+                again = generator.randrange(1, max(12, self.operations - at + 8))
+                pairs += self.point(at, again, torn=generator.random() < 0.5, damaged=generator.random() < 0.2)
+        return points, pairs
 
 
-def main() -> None:
-    """Run the campaign that the command line names."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("layout")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--step", type=int, default=1, help="every n-th point only")
-    parser.add_argument("--twice", type=int, default=0, help="so many kills of the run that follows each kill, too")
-    arguments = parser.parse_args()
+def damage(staging: Path) -> None:
+    """Change a byte in the middle of every weight file in the making, and a measurement in every journal."""
+    for path in staging.rglob("*.safetensors*"):
+        with path.open("r+b") as stream:
+            size = path.stat().st_size
+            stream.seek(size // 2)
+            byte = stream.read(1)
+            stream.seek(size // 2)
+            stream.write(bytes([byte[0] ^ 0x10]) if byte else b"")
+    for path in staging.rglob(JOURNAL):
+        path.write_bytes(re.sub(rb'"0x1\.[0-7]', b'"0x1.9', path.read_bytes(), count=1))
+
+
+def prepared() -> pytest.MonkeyPatch:
+    """This process made ready to fork runs of small pieces from: one thread, the order checker on."""
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     make_small(patch, piece=PIECE, block=BLOCK)
     patch.setattr(shards, "AT_RISK", 2 * BLOCK)
-    campaign = Campaign(arguments.layout, arguments.folder)
-    points = 0
-    for at in range(1, campaign.operations + 1, arguments.step):
-        points += 1
-        campaign.point(at, torn=at % 2 == 0)
-        for again in range(1, arguments.twice + 1):
-            points += 1
-            campaign.point(at, 1 + again * campaign.operations // (arguments.twice + 1))
-    sys.stdout.write(json.dumps({"operations": campaign.operations, "points": points, "wrong": campaign.wrong}))
+    ORDER.install()
+    return patch
+
+
+def warm_up(campaign: Campaign) -> None:
+    """Load here once what every run loads: with one thread, a fork takes no harm from what was computed before it."""
+    campaign.layout.merge(campaign.layout.root / "warm", verify=True)
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> None:
+    """Run the campaign on the layouts that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", default=LAYOUTS, choices=LAYOUTS)
+    parser.add_argument("--step", type=int, default=1, help="every n-th point only")
+    parser.add_argument("--twice", type=int, default=0, help="so many kills of the run that follows each kill, too")
+    arguments = parser.parse_args()
+    prepared()
+    began = time.monotonic()
+    figures: dict[str, Any] = {"campaign": "kills", "points": 0, "pairs": 0, "layouts": {}, "kinds": KINDS, "wrong": []}
+    for name in arguments.only:
+        (arguments.folder / name).mkdir(parents=True)
+        campaign = Campaign(name, arguments.folder / name)
+        warm_up(campaign)
+        points, pairs = campaign.points(arguments.step, arguments.twice)
+        figures["points"] += points
+        figures["pairs"] += pairs
+        figures["layouts"][name] = campaign.operations
+        figures["wrong"] += campaign.wrong
+    sys.stdout.write(json.dumps({**figures, "seconds": round(time.monotonic() - began, 1)}) + "\n")
 
 
 if __name__ == "__main__":

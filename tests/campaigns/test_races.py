@@ -1,4 +1,4 @@
-"""Two runs into one output at the same time: one of them finishes it, whatever the other does."""
+"""Two runs into one output at the same time, of one merge or of two different ones: one finishes, or neither does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def races(folder: Path, *options: str) -> dict[str, Any]:
 def test_two_runs_at_the_same_time_give_the_right_result_or_a_refusal(tmp_path: Path, options: tuple[str, ...]) -> None:
     found = races(tmp_path, *options)
     assert found["wrong"] == [], found["said"]
-    assert sum(found["ended"].values()) == TIMES
+    assert sum(found["ended"].values()) == found["points"] == TIMES
     if not options:
-        # Both succeed where the second begins when the first has finished: it is told that all is done.
-        assert set(found["ended"]) <= {"0 5", "0 0"}
+        # With locks somebody always finishes; without, two that begin at once may both make way.
+        assert not [end for end in found["ended"] if end.endswith(": 5 5")]
+    assert all(said.startswith("OutputExistsError: ") for said in found["told"])

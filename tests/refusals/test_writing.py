@@ -60,7 +60,7 @@ def disturbed(
     merged(base, adapter, tmp_path / "healthy")
     before = tree_digest(base)
     with monkeypatch.context() as patch:
-        home = io if call_name == "_fallocate" else os
+        home = io if call_name == "fallocate" else os
         patch.setattr(home, call_name, failing(getattr(home, call_name), code, when=when, at=at))
         outcome = call("run", base, adapter, "-o", tmp_path / "out", "-j", 1)
     assert outcome.code == 7, outcome.err
@@ -77,7 +77,7 @@ FAILURES = {
     "no directory can be made": ("mkdir", errno.EACCES, always, 0, "cannot create the directory", "Permission denied"),
     "no file can be made": ("open", errno.EROFS, creating, 0, "cannot create `", "Read-only file system"),
     "a later file cannot be made": ("open", errno.EMFILE, creating, 2, "cannot create `", "Too many open files"),
-    "no space can be reserved": ("_fallocate", errno.ENOSPC, always, 0, "reserve space for", "No space left"),
+    "no space can be reserved": ("fallocate", errno.ENOSPC, always, 0, "reserve space for", "No space left"),
     "the first write fails": ("pwrite", errno.EIO, always, 0, "cannot write `", "Input/output error"),
     "a write in the middle fails": ("pwrite", errno.ENOSPC, always, 2, "cannot write `", "No space left on device"),
     "a late write fails": ("pwrite", errno.EDQUOT, always, 8, "cannot write `", "quota"),
@@ -153,7 +153,7 @@ def test_a_file_system_that_cannot_reserve_space_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = inputs_at(tmp_path)
-    monkeypatch.setattr(io, "_fallocate", failing(io._fallocate, errno.EOPNOTSUPP, when=always))
+    monkeypatch.setattr(io, "fallocate", failing(io.fallocate, errno.EOPNOTSUPP, when=always))
     merged(base, adapter, tmp_path / "out")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streammerge import stream, verification
+from streammerge import integrity, stream
 from streammerge.compute import worker
 from streammerge.core import digests
 from streammerge.planning import memory, tiles
@@ -151,7 +151,7 @@ def rounded(values: np.ndarray, dtype: str) -> bytes:
 def make_small(patch: pytest.MonkeyPatch, *, piece: int = 2**14, block: int = 5 * 2**14, tile: int = 2**10) -> None:
     """Small pieces, blocks and tiles, whose sizes stand to each other as the real ones do."""
     assert block % piece == 0
-    for module in (memory, stream, worker, buffers, hashes, shards, verification):
+    for module in (memory, stream, worker, buffers, hashes, shards, integrity):
         assert module.PIECE == REAL_PIECE
         patch.setattr(module, "PIECE", piece)
     patch.setattr(digests, "BLOCK", block)

@@ -222,7 +222,7 @@ def test_a_file_that_vanishes_while_the_output_is_looked_at_is_another_runs_doin
 
     with subject.patch.context() as patch:
         patch.setattr(shards.io, "list_dir", vanished)
-        with pytest.raises(OutputExistsError, match="vanished while it was looked at"):
+        with pytest.raises(OutputExistsError, match="vanished while it was in use"):
             subject.merge()
     subject.finish()
 

@@ -1,0 +1,27 @@
+"""System calls that Python does not offer as they are. They raise OSError and nothing else; `core/io.py` says what that
+means.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+_CLONE_RANGE = 0x4020940D
+"""ioctl FICLONERANGE: two files share blocks from now on."""
+
+
+def fallocate(fd: int, size: int) -> None:
+    """Reserve `size` bytes: posix_fallocate of the C library writes to every block where the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        if ctypes.get_errno() != errno.EINTR:  # Python calls again by itself, but not here
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def clone_range(source: int, source_offset: int, target: int, offset: int, size: int) -> None:
+    """Let a range of one open file share the blocks of another's."""
+    fcntl.ioctl(target, _CLONE_RANGE, struct.pack("qQQQ", source, source_offset, size, offset))
