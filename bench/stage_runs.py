@@ -51,7 +51,7 @@ def touched(file: OpenFile, start: int, end: int, scratch: Scratch) -> None:
     seen = np.frombuffer(file.read(start, end, scratch), np.uint8)
     seen[:: io.PAGE].sum()
     del seen
-    io.give_back(file.mapping, start, end)
+    pages.give_back(file.mapping, start, end)
 
 
 def read(file: OpenFile, start: int, end: int, scratch: Scratch) -> None:
