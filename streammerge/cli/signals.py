@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE = 1.0
+GRACE = 0.75
 """Seconds. With what the system needs to end a process that is waiting for its disk, less than two."""
 REMINDING = 0.02
 """Seconds until an exception that was swallowed is raised again."""

@@ -184,8 +184,7 @@ class Campaign:
         if took > LIMIT:
             self.wrong.append(f"{case}: ended after {took:.2f} s")
         if codes is None:
-            if self.out.exists():
-                self.wrong.append(f"{case}: had begun")
+            self.judge_output(case)
             return
         if process.returncode not in codes:
             self.wrong.append(f"{case}: ended with {process.returncode}: {err[-300:]}")
@@ -207,7 +206,7 @@ class Campaign:
         """A loader takes the finished result or nothing."""
         there = {name for name in (BASE_CONFIG, INDEX, MARKER) if (self.out / name).exists()}
         whole = any(
-            {name: data for name, data in digests_of(self.out).items() if not name.startswith(STAGING)} == healthy
+            {name: data for name, data in digests_of(self.out).items() if not name.startswith(f"{STAGING}/")} == healthy
             for healthy in self.healthy.values()
         )
         if there and not whole:
