@@ -15,9 +15,10 @@ from streammerge.core.errors import AdapterError, UnmatchedKeysError
 from streammerge.core.lines import Lines
 from streammerge.core.options import Options
 from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
+from streammerge.methods import METHODS
 from streammerge.methods.lora_config import LoraConfig, parse_config
 from streammerge.methods.parts import FullTensor, ModuleFactors, Parts
-from streammerge.methods.readers import READERS, refuse_type
+from streammerge.methods.readers import positions_of, refuse_type
 from streammerge.names.architectures import architecture_of
 from streammerge.planning.adapted import AdaptedModule, Target, adapted_modules, base_files, unknown_base
 from streammerge.planning.build import build_plan
@@ -102,11 +103,13 @@ def inspect_adapter(adapter: Adapter, checkpoint: Checkpoint | None, options: Op
     kind = str(facts.config.get("peft_type", "?")).upper()
     status = AdapterStatus(facts.identity, kind, (), len(facts.tensors), facts.siblings, ignored=parts.ignored)
     try:
-        if kind not in READERS:
-            refuse_type(facts.config)
-        config = parse_config(facts.config, options.ignore_config_field)
-        status = replace(status, modules=_by_factors(adapter, parts, config))
-        check_finite(adapter)
+        if refuse_type(facts.config) == "LORA":
+            config = parse_config(facts.config, options.ignore_config_field)
+            status = replace(status, modules=_by_factors(adapter, parts, config))
+        else:
+            METHODS[kind].known.check(facts.config, options.ignore_config_field)
+            status = replace(status, modules=_by_slots(parts, kind))
+        check_finite(adapter, positions_of(parts, kind))
     except AdapterError as error:
         status = _refused(status, error, _blamed(error, status.modules))
     return status if checkpoint is None or not status.modules else _against(adapter, checkpoint, options, status)
@@ -186,6 +189,17 @@ def _by_factors(adapter: Adapter, parts: Parts, config: LoraConfig) -> tuple[Mod
     full = [*((part, "replacement") for part in parts.replacements), *((part, "token rows") for part in parts.tokens)]
     found = [_factor_status(adapter, module, config) for module in parts.modules]
     return (*found, *(_full_status(part, kind) for part, kind in full))
+
+
+def _by_slots(parts: Parts, kind: str) -> tuple[ModuleStatus, ...]:
+    """Modules of another type than LoRA: what they do to the base, the factors alone do not tell."""
+    full = [*((part, "replacement") for part in parts.replacements), *((part, "token rows") for part in parts.tokens)]
+    found = [
+        ModuleStatus(module.module, kind.lower(), keys=tuple(info.name for info in module.slots.values()))
+        for module in parts.modules
+        if module.module
+    ]
+    return (*found, *(_full_status(part, name) for part, name in full))
 
 
 def _full_status(part: FullTensor, kind: str) -> ModuleStatus:

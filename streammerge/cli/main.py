@@ -180,7 +180,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "adapter", metavar="ADAPTER", help="a directory, DIR:subfolder, or org/name[@revision][:subfolder]"
     )
     parser.add_argument("--base", metavar="BASE", help="resolve the adapter's modules in this base")
-    _add_options(parser, ("ignore_config_field", "allow_unused", "expert_orientation", "expert_packing", "rules"))
+    _add_options(
+        parser, ("ignore_config_field", "allow_unused", "expert_orientation", "expert_packing", "peft_version", "rules")
+    )
     parser.add_argument("--json", action="store_true", help="JSON on stdout")
 
 

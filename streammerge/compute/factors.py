@@ -5,13 +5,14 @@ One reader for each worker: what it keeps is its own, so that no lock stands in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from streammerge.compute.lanes import Workspace
-from streammerge.core.dtypes import itemsize, torch_dtype
-from streammerge.core.tensors import FactorView
-from streammerge.sources.adapter import Adapter
+from streammerge.core.dtypes import INTEGERS, itemsize, stored_dtype
+from streammerge.core.tensors import FactorView, TensorInfo
+from streammerge.sources.files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +27,56 @@ MAPPED = 4 * 2**20
 """Bytes that are read through the mapping of an adapter before its pages are given back."""
 
 
-class FactorReader:
-    """Implements `methods.base.Factors` for one worker."""
+class Facts(Protocol):
+    """What is known of a source."""
 
-    def __init__(self, adapters: Sequence[Adapter], work: Workspace | None = None) -> None:
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by name."""
+
+
+class Source(Protocol):
+    """Where factors are read: an adapter, or the base."""
+
+    @property
+    def files(self) -> TensorFiles:
+        """Reads its tensors."""
+
+    @property
+    def facts(self) -> Facts:
+        """Which they are."""
+
+
+class Drawn:
+    """What formulas make of nothing but a key, such as the random projections of a seed: the last one, for all workers.
+    Matrices of one adapter share one; to keep several would be memory that no plan has counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: Hashable = None
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What was made for the key, made now unless it was the last."""
+        with self._lock:
+            if key != self._key:
+                self._key, self._tensors = None, ()
+                self._tensors = make()
+                self._key = key
+            return self._tensors
+
+
+class FactorReader:
+    """Implements `methods.base.Factors` for one worker; `drawn` is what it shares with the others. `adapters` may have
+    the base behind them, at `core.tensors.BASE`."""
+
+    def __init__(self, adapters: Sequence[Source], work: Workspace | None = None, drawn: Drawn | None = None) -> None:
         self._adapters = adapters
+        self._drawn = drawn or Drawn()
         self._work = work or Workspace.of_float64()
         self._kept: dict[FactorView, tuple[Part, float, Tensor]] = {}
         self._grams: dict[FactorView, tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[object, ...], Tensor] = {}
         self._touched: set[tuple[int, str]] = set()
         self._mapped = 0
 
@@ -46,6 +89,7 @@ class FactorReader:
         """Let go of everything kept; called when a worker turns to another matrix."""
         self._kept.clear()
         self._grams.clear()
+        self._made.clear()
         self._give_back()
 
     def part(self, view: FactorView, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
@@ -69,6 +113,17 @@ class FactorReader:
         """All of a vector factor, remembered until `forget`."""
         return self._remembered(view, tuple((0, n) for n in view.shape), 1.0)
 
+    def made(self, name: str, views: Sequence[FactorView], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of these factors, remembered until `forget`."""
+        key = name, *views
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def drawn(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` makes of nothing but its key, kept until another key is asked for."""
+        return self._drawn.get(key, make)
+
     def _remembered(self, view: FactorView, part: Part, times: float) -> Tensor:
         if view not in self._kept or self._kept[view][:2] != (part, times):
             values = self._read(view, part)
@@ -79,7 +134,8 @@ class FactorReader:
         import torch
 
         mapped = self._adapters[view.adapter].files.mapped
-        values = torch.empty([last - first for first, last in ranges], dtype=self._work.dtype)
+        dtype = torch.float64 if view.dtype in INTEGERS else self._work.dtype  # float32 ends at 2^24
+        values = torch.empty([last - first for first, last in ranges], dtype=dtype)
         for block in view.blocks(ranges):
             target = values[block.where]
             if mapped or block.high - block.low <= SPREAD * target.numel():
@@ -103,7 +159,7 @@ class FactorReader:
         width = itemsize(view.dtype)
         high = low + sum((n - 1) * step for n, step in zip(target.shape, strides, strict=True)) + 1
         data = adapter.files.read(adapter.facts.tensors[view.key], low * width, high * width)
-        target.copy_(torch.frombuffer(data, dtype=torch_dtype(view.dtype)).as_strided(target.shape, strides))
+        target.copy_(torch.frombuffer(data, dtype=stored_dtype(view.dtype)).as_strided(target.shape, strides))
 
     def _give_back(self) -> None:
         """Let go of the pages that were read: the values are copies."""

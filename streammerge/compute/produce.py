@@ -10,9 +10,11 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.compute.devices import DeviceMaker
+from streammerge.compute.factors import Drawn, Source
 from streammerge.compute.lanes import Cpu
 from streammerge.compute.loading import TorchThreads
 from streammerge.compute.tile import overlap, window
@@ -35,6 +37,24 @@ if TYPE_CHECKING:
 KEPT_STATES = 4
 
 
+class Unmerged:
+    """The base as a source of factors: its tensors by their names in the output, as they are before any operation."""
+
+    def __init__(self, plan: MergePlan, checkpoint: Checkpoint) -> None:
+        self.files, self._plan, self._stored = checkpoint.files, plan, checkpoint.facts.tensors
+
+    @property
+    def facts(self) -> Unmerged:
+        """Where `tensors` is looked for."""
+        return self
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Made when the first factor of the base is read, which most plans do not have."""
+        sources = ((name, output.source) for name, output in self._plan.tensors.items())
+        return {name: self._stored[source.name] for name, source in sources if isinstance(source, Stored)}
+
+
 class Producer:
     """Hands out bytes of a plan's files. `on_stats` receives tensor, tile number and measurements of every tile whose
     first byte was asked for. Torch is waited for where a tile is made, not before."""
@@ -50,8 +70,10 @@ class Producer:
         self.plan, self.checkpoint, self.adapters = plan, checkpoint, adapters
         self.threads = TorchThreads()
         self._stored = checkpoint.facts.tensors
+        self._sources: tuple[Source, ...] = (*adapters, Unmerged(plan, checkpoint))
         self._on_stats, self._device = on_stats, device
         self._local = threading.local()
+        self._drawn = Drawn()
         self._layout = [(list(shard.offsets), list(shard.offsets.values())) for shard in plan.shards]
         self._states: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._states_lock = threading.Lock()
@@ -114,7 +136,7 @@ class Producer:
         if not hasattr(self._local, "worker"):
             self.threads.use_one()
             lane = self._device().lane(self._accumulate())
-            self._local.worker = TileWorker(self.adapters, lane, self._state, self._on_stats)
+            self._local.worker = TileWorker(self._sources, lane, self._state, self._on_stats, self._drawn)
         worker: TileWorker = self._local.worker
         return worker
 
@@ -131,7 +153,7 @@ class Producer:
         """What a formula needs of more than its tile. Statistics of columns and matrices are computed once for all
         threads, in the order of the tiles; those of rows belong to the tile's own band."""
         locality = FORMULAS[operation.formula].locality(operation)
-        if locality is Locality.ELEMENT:
+        if locality in (Locality.ELEMENT, Locality.LINE):
             return None
         if locality is Locality.ROW:
             return self._reduced(recipe, operation, recipe.grid.band_of(tile))
@@ -148,21 +170,24 @@ class Producer:
             return self._worker().lane.borrow(self._states[key])
 
     def _reduced(self, recipe: Recipe, operation: Operation, tiles: range) -> Tensor:
-        """The statistic over some tiles: one value for each of their rows, or for each column of the place."""
+        """The statistic over some tiles: along its last axis their rows, or the columns of the place."""
         import torch
 
         worker, formula = self._worker(), FORMULAS[operation.formula]
         by_column = formula.locality(operation) is Locality.COLUMN
         parts = [(tile, region) for tile in map(recipe.grid.tile, tiles) if (region := overlap(operation, tile))]
         length = operation.place.shape[1] if by_column else parts[0][1].shape[0]
-        total = torch.zeros(length, dtype=torch.float64, device=worker.lane.work.device)
+        total: Tensor | None = None
         for tile, region in parts:
             data = recipe.read(tile, worker.aside)
             shape = (tile.rows[1] - tile.rows[0], tile.cols[1] - tile.cols[0])
             weight = worker.lane.upload(data, recipe.info.dtype, shape)
             share = formula.reduce(operation, region, weight[window(operation, tile, region)], worker.factors)
-            total[slice(*region.cols) if by_column else slice(None)] += share
+            if total is None:
+                total = torch.zeros((*share.shape[:-1], length), dtype=torch.float64, device=share.device)
+            total[..., slice(*region.cols) if by_column else slice(None)] += share
             recipe.give_back(tile)
+        assert total is not None
         return total
 
     def _prepared(self, recipe: Recipe, operation: Operation) -> Any:

@@ -108,8 +108,9 @@ class TileMerger:
         bound = self._bound(tiles, operations)
         outcome = Outcome()
         only = bound[0].deltas if len(bound) == 1 else None
-        if stats and only:
-            outcome.measured.append(Measured(tiles[0].index, delta=only.squared_norm()))
+        norm = only.squared_norm() if stats and only else None
+        if norm is not None:
+            outcome.measured.append(Measured(tiles[0].index, delta=norm))
         origin = tiles[0].rows[0]
         for tile in tiles:
             rows = slice(tile.rows[0] - origin, tile.rows[1] - origin)
@@ -122,12 +123,12 @@ class TileMerger:
             value, delta = self._values(old, tile, touching)
             _put(value, old, new, tile, touching)
             outcome.sums.append(new.sum())
-            if stats and touching and (sample or not only):
+            if stats and touching and (sample or norm is None):
                 delta = value.sub_(old) if delta is None else delta
-                few = measured_rows(old.shape[1], norm=not only)
+                few = measured_rows(old.shape[1], norm=norm is None)
                 written_few = self._work.take("written", old[few].shape).copy_(new[few])
                 parts = (old[few], delta[few], written_few)
-                outcome.measured.append(measured(tile.index, parts, norm=not only, sample=sample))
+                outcome.measured.append(measured(tile.index, parts, norm=norm is None, sample=sample))
         return outcome
 
     def _bound(self, tiles: Sequence[Tile], operations: Sequence[Numbered]) -> list[Bound]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.compute.factors import FactorReader
+from streammerge.compute.factors import Drawn, FactorReader, Source
 from streammerge.compute.lanes import Lane, Receipt
 from streammerge.compute.tile import Measured, Outcome, TileMerger, TileStats, measured, measured_rows
 from streammerge.core.dtypes import itemsize, torch_dtype
@@ -20,7 +20,6 @@ from streammerge.core.errors import NonFiniteError
 from streammerge.core.tensors import Operation, OutputTensor, TensorInfo
 from streammerge.planning.memory import PIECE
 from streammerge.planning.tiles import Tile, TileGrid, grid_of
-from streammerge.sources.adapter import Adapter
 from streammerge.sources.files import Scratch, TensorFiles
 
 if TYPE_CHECKING:
@@ -71,10 +70,15 @@ class TileWorker:
     """Makes stretches of output tensors. Not for more than one thread."""
 
     def __init__(
-        self, adapters: Sequence[Adapter], lane: Lane, state_of: StateOf, on_stats: StatsSink | None = None
+        self,
+        adapters: Sequence[Source],
+        lane: Lane,
+        state_of: StateOf,
+        on_stats: StatsSink | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
         self.lane, self._state_of, self._on_stats = lane, state_of, on_stats
-        self.factors = FactorReader(adapters, lane.work)
+        self.factors = FactorReader(adapters, lane.work, drawn)
         self.aside = Scratch()
         """For whatever is read while a stretch is worked on."""
         self._scratch = Scratch()

@@ -28,6 +28,9 @@ BITS: Mapping[str, int] = MappingProxyType(
 FLOATS: frozenset[str] = frozenset({"F64", "F32", "F16", "BF16"})
 """Dtypes that arithmetic is done on, and that `--dtype` converts."""
 
+INTEGERS: frozenset[str] = frozenset({"U8", "I8", "I16", "I32", "I64"})
+"""Dtypes in which adapters keep positions; float64 holds each of them exactly, up to 2^53."""
+
 LOW_BIT: frozenset[str] = frozenset(dtype for dtype in BITS if dtype.startswith(("F8", "F6", "F4")))
 """Dtypes that only quantized checkpoints use."""
 
@@ -76,6 +79,14 @@ def surely_finite(data: memoryview, dtype: str) -> bool:
     values = as_numpy(data, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.dot(values, values)))
+
+
+def stored_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a float or integer dtype; raises KeyError for any other."""
+    import torch
+
+    integers = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+    return integers.get(dtype) or torch_dtype(dtype)
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

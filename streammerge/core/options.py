@@ -90,6 +90,11 @@ class Options:
         "how B of stacked experts is packed: unsloth for adapters of Unsloth before September 2026",
         choices=("peft", "unsloth"),
     )
+    peft_version: str = _option(
+        "auto",
+        "the PEFT that wrote the adapter, for a config that does not say it (before 0.18) where it matters",
+        metavar="X.Y.Z",
+    )
     rules: str = _option(
         "", "a table of conversion rules to use instead of the shipped one", metavar="FILE", bytes_too=False
     )

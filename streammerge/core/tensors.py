@@ -108,11 +108,16 @@ class FactorBlock:
         return self.low + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)) + 1
 
 
+BASE = -1
+"""In the place of an adapter's number: the tensor is one of the base's, as it is before any operation."""
+
+
 @dataclass(frozen=True, slots=True)
 class FactorView:
-    """A vector or matrix inside one adapter tensor. `axes` are lines in units of elements: an element's position in
-    the tensor of `count` elements is the sum of its axes' lines. Transposing, slicing out an expert, taking the rows of
-    one part of a fused projection and flattening a kernel are all this one thing.
+    """A vector or matrix inside one tensor of adapter number `adapter`, or of the `BASE`. `axes` are lines in units of
+    elements: an element's position in the tensor of `count` elements is the sum of its axes' lines. Transposing,
+    slicing out an expert, taking the rows of one part of a fused projection and flattening a kernel are all this one
+    thing.
 
     Raises ValueError where the view reaches beyond the tensor.
     """
@@ -185,6 +190,8 @@ class Operation:
     that formula reads, `indices` the rows of the place it is about, where it is not about all, `rounding` the dtype of
     a rounding of its own. `module` and `rule` say which adapter module this is and how its name was resolved,
     `parameter` is the adapted parameter's name in the model, `part` says that the place holds a part of it only.
+    `window` is given for formulas that cannot cut their factors: the outputs and the inputs of the parameter's matrix,
+    in the order in which the place holds them.
     """
 
     formula: str
@@ -198,6 +205,7 @@ class Operation:
     rounding: str = ""
     parameter: str = ""
     part: bool = False
+    window: tuple[Lines, Lines] | None = None
 
 
 @dataclass(frozen=True, slots=True)

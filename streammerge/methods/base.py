@@ -7,7 +7,7 @@ caller's. Shape letters: `R` rows and `C` columns of the stored region, `K` rank
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,7 @@ class Locality(Enum):
     """What of the stored region one tile of the result depends on."""
 
     ELEMENT = "the same elements"
+    LINE = "whole rows, as every tile holds them"
     ROW = "whole rows"
     COLUMN = "whole columns: two passes"
     MATRIX = "the whole matrix in memory"
@@ -44,7 +45,7 @@ class Region:
 
 
 class Factors(Protocol):
-    """Hands out factors as tensors of the arithmetic's dtype, float64 unless asked otherwise."""
+    """Hands out factors as tensors of the arithmetic's dtype, float64 unless asked otherwise; integers as float64."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,6 +63,12 @@ class Factors(Protocol):
     def vector(self, view: FactorView) -> Tensor:
         """All of a vector factor."""
 
+    def made(self, name: str, views: Sequence[FactorView], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of these factors and nothing else, remembered under its name for the next tile."""
+
+    def drawn(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` makes of nothing but its key, on the CPU: made once for all workers, and the last one kept."""
+
 
 CutOperation = tuple[Place, Mapping[str, FactorView]]
 
@@ -72,8 +79,9 @@ class Deltas(Protocol):
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """The delta of rows [first, last) of the place, written into `out` (T, C) and returned."""
 
-    def squared_norm(self) -> Tensor:
-        """The squared Frobenius norm of the whole region's delta, on the device."""
+    def squared_norm(self) -> Tensor | None:
+        """The squared Frobenius norm of the whole region's delta, on the device; None where that is best measured on
+        the tiles."""
 
 
 class Formula(Protocol):
@@ -83,7 +91,18 @@ class Formula(Protocol):
     """What the formula is, as documents and reports say it."""
     additive: bool
     """Whether the effect is `W + delta` with a delta that does not depend on W; only such effects are summed over
-    adapters and scaled by a weight."""
+    adapters and scaled by a weight, as a factor of their number `scaling`."""
+    windowed: bool
+    """Whether operations keep all of their factors when their place is cut, and are told its `window`."""
+    commutes: bool
+    """Whether effects of several adapters, all by this formula, may be applied one after the other in any order."""
+
+    @property
+    def zero_if(self) -> tuple[str, ...]:
+        """Factors any of which makes the operation change nothing if all of it is zero."""
+
+    def rows_together(self, operation: Operation) -> int:
+        """How many stored rows, counted from the first of the place, must lie in one tile."""
 
     def locality(self, operation: Operation) -> Locality:
         """What one tile of the result depends on."""
@@ -106,8 +125,8 @@ class Formula(Protocol):
         Factors are read here, once for all of them."""
 
     def reduce(self, operation: Operation, region: Region, weight: Tensor, factors: Factors) -> Tensor:
-        """Formulas of locality ROW or COLUMN: this tile's share of the statistic over the rows or columns; shares are
-        summed in the order of the tiles."""
+        """Formulas of locality ROW or COLUMN: this tile's share of the statistic over the rows or columns, its last
+        axis along the region's rows or columns; shares are summed in the order of the tiles."""
 
     def prepare(self, operation: Operation, weight: Tensor, factors: Factors) -> Any:
         """Formulas of locality MATRIX: the state that `apply` needs, from the whole stored region (R, C)."""
@@ -124,7 +143,19 @@ def refuse_part(operation: Operation, needs: str) -> NotMergeableError:
     )
 
 
-class AdditiveFormula:
+class CommonDefaults:
+    """What most formulas answer."""
+
+    windowed = False
+    commutes = False
+    zero_if: tuple[str, ...] = ()
+
+    def rows_together(self, operation: Operation) -> int:
+        """Each row by itself."""
+        return 1
+
+
+class AdditiveFormula(CommonDefaults):
     """Defaults for formulas of the form W + delta."""
 
     additive = True
@@ -150,7 +181,7 @@ class AdditiveFormula:
         raise TypeError(f"{type(self).__name__} is added, not applied")
 
 
-class AbsoluteFormula:
+class AbsoluteFormula(CommonDefaults):
     """Defaults for formulas that make new values out of W."""
 
     additive = False

@@ -70,7 +70,7 @@ class Common:
 def common(raw: Mapping[str, Any], only: str, tokens_in: str | None = None) -> dict[str, Any]:
     """The fields of `Common` by name. `only` is the type's own name for `bias="<tuner>_only"`, `tokens_in` the field
     with the rows of trained tokens, where the type has one."""
-    if raw.get("bias", "none") not in ("none", "all", only, None):
+    if str(raw.get("bias") or "none").lower() not in ("none", "all", only):  # PEFT's documents spell one `MiSS_only`
         raise wrong("bias", raw["bias"], f"none, all or {only}")
     return {
         "fan_in_fan_out": flag(raw, "fan_in_fan_out"),
@@ -85,6 +85,33 @@ def parse_version(value: object) -> tuple[int, ...] | None:
     """`0.19.1` and `0.19.1.dev0@hash` as numbers; None where there is no version."""
     match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", value) if isinstance(value, str) else None
     return tuple(int(part or 0) for part in match.groups()) if match else None
+
+
+def with_version(raw: Mapping[str, Any], said: str) -> Mapping[str, Any]:
+    """The config with the version that the user says wrote it, `auto` for nothing said.
+
+    Raises ConfigContradictionError for what is no version, and where the config names another one.
+    """
+    if said == "auto":
+        return raw
+    if parse_version(said) is None:
+        raise ConfigContradictionError((said,), f"`--peft-version {said}` is not a version such as 0.15.2")
+    own = raw.get("peft_version")
+    if own is not None and parse_version(own) != parse_version(said):
+        raise ConfigContradictionError((said,), f"the config says `peft_version` {own}, `--peft-version` says {said}")
+    return {**raw, "peft_version": said}
+
+
+def version_of(raw: Mapping[str, Any], about: str, matters: str) -> tuple[int, ...]:
+    """The version of the PEFT that wrote a config, where it `matters` what that is `about`.
+
+    Raises NotMergeableError where the config does not say it, as none before 0.18 does.
+    """
+    version = parse_version(raw.get("peft_version"))
+    if version is None:
+        reason = f"{about}: {matters}, and the config does not say which version wrote it"
+        raise NotMergeableError(("peft_version",), reason, "say it: `--peft-version 0.15.2`")
+    return version
 
 
 def is_set(value: object) -> bool:

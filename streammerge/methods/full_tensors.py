@@ -154,7 +154,5 @@ def _indices_for(part: FullTensor, config: Common) -> tuple[int, ...]:
             (rows for name, rows in config.token_indices.items() if module == name or module.endswith(f".{name}")), ()
         )
     if not found:
-        raise ConfigContradictionError(
-            (part.key.key,), f"the config lists no `trainable_token_indices` for `{part.key.module}`"
-        )
+        raise ConfigContradictionError((part.key.key,), f"the config lists no token indices for `{part.key.module}`")
     return found

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from streammerge.core.errors import (
     AdapterError,
     CompositionError,
     ConfigContradictionError,
-    IncompleteFactorsError,
     NotMergeableError,
     ShapeMismatchError,
     UnmatchedKey,
@@ -22,23 +22,21 @@ from streammerge.core.tensors import FactorView, Operation, Place, TensorInfo
 from streammerge.methods.experts import StackedFactors, parameter_of, seen_orientation
 from streammerge.methods.full_tensors import read_full_tensors, resolve_full_tensors
 from streammerge.methods.lora_config import LoraConfig, parse_config
+from streammerge.methods.lora_slots import BIAS, DIAGONAL, MAGNITUDE, check_slots, without_training_state
 from streammerge.methods.parts import ModuleFactors
 from streammerge.methods.placing import parameter_place, placed
 from streammerge.methods.reading import AdapterInput, BaseView, Contribution
 from streammerge.names.pieces import Parameter, Piece
 from streammerge.names.resolve import Found, Missing, Wanted
 
-PAIRS = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
-MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
-
 
 def read_lora(adapter: AdapterInput, base: BaseView) -> Contribution:
     """The contribution of one LoRA adapter. Raises AdapterError subclasses for what can never be merged."""
     config = parse_config(adapter.config, adapter.ignored_fields)
     contribution = Contribution()
-    modules = adapter.parts.modules
+    modules = [without_training_state(module, adapter.config, contribution.ignored) for module in adapter.parts.modules]
     for module in modules:
-        _check_slots(module, config)
+        check_slots(module, config)
     wishes = [_wish(module, config, base) for module in modules]
     full = resolve_full_tensors(adapter.parts, config)
     answers = base.resolve([*wishes, *full])
@@ -69,38 +67,18 @@ def _resized(adapter: AdapterInput, answers: Sequence[Found | Missing]) -> dict[
     }
 
 
-def _check_slots(module: ModuleFactors, config: LoraConfig) -> None:
-    slots = set(module.slots)
-    keys = tuple(info.name for info in module.slots.values())
-    pair = next((pair for pair in PAIRS if pair & slots), None)
-    if pair is None or slots - pair - {MAGNITUDE, BIAS}:
-        foreign = sorted(slots - {"lora_A", "lora_B", MAGNITUDE, BIAS})
-        raise NotMergeableError(
-            keys, f"the config says LORA, but module `{module.module}` has the factors {', '.join(foreign)}"
-        )
-    if not pair <= slots:
-        raise IncompleteFactorsError(
-            keys, f"module `{module.module}` has {' and '.join(sorted(pair & slots))} but not its other half"
-        )
-    if config.dora != (MAGNITUDE in slots):
-        if config.dora:
-            raise IncompleteFactorsError(
-                keys, f"the config says `use_dora`, but module `{module.module}` has no magnitude vector"
-            )
-        raise ConfigContradictionError(
-            keys, f"module `{module.module}` has a DoRA magnitude, but the config does not say `use_dora`"
-        )
-
-
 def _wish(module: ModuleFactors, config: LoraConfig, base: BaseView) -> Wanted:
     parameter = parameter_of(module, config, base)
     a, b = (module.slots[name] for name in sorted(module.slots) if name.endswith(("_A", "_B")))
     shape: tuple[int, ...] | None = None
+    inputs = a.shape[1:]
+    if config.blocks and config.blocks.side(module) == "A":
+        inputs = (a.shape[1] * config.blocks.count,)
     if len(a.shape) > 1 < len(b.shape) and parameter in (None, "weight"):
-        shape = (b.shape[0], *a.shape[1:]) if "lora_A" in module.slots else (a.shape[1], b.shape[0])
+        shape = (b.shape[0], *inputs) if "lora_A" in module.slots else (a.shape[1], b.shape[0])
 
     def fits(found: Parameter) -> bool:
-        sizes = {math.prod(a.shape[1:]), b.shape[0]}
+        sizes = {math.prod(inputs), b.shape[0]}
         return set(found.shape[-2:]) == sizes or {found.shape[0], math.prod(found.shape[1:])} == sizes
 
     return Wanted(module.module, (parameter,) if parameter else ("weight", "in_proj_weight"), fits, shape)
@@ -132,6 +110,9 @@ class _Module:
         """What this module does; `orientation` is that of the adapter's other experts."""
         if self.stacked:
             return self._experts(self.stacked, orientation)
+        side = self.config.blocks.side(self.module) if self.config.blocks else None
+        if self.config.blocks and side:
+            return self._block_diagonal(side, self.config.blocks.count)
         if len(self.a.shape) == 2 == len(self.b.shape) and self.a.shape[0] != self.b.shape[1]:
             raise self._mismatch()
         if len(self.a.shape) > 2:
@@ -152,6 +133,11 @@ class _Module:
             formula = "dora"
             factors["magnitude"] = self._magnitude(place)
             self._refuse_weight("a DoRA adapter")
+        elif DIAGONAL in self.module.slots:
+            formula, diagonal = "kasa", self.module.slots[DIAGONAL]
+            factors["middle"] = FactorView.vector(self.adapter.number, diagonal)
+            if diagonal.count != right.shape[0]:
+                raise self._mismatch()
         numbers = {"scaling": scaling * self.adapter.weight}
         return Operation(formula, place, self.adapter.number, self.module.module, self.rule, factors, numbers)
 
@@ -203,34 +189,39 @@ class _Module:
         operations = [self._operation(*expert, scaling) for expert in stacked.experts(transposed)]
         return list(placed(operations, self.target, stacked=True))
 
+    def _block_diagonal(self, side: str, count: int) -> list[Operation]:
+        """BD-LoRA, which PEFT has for a Linear alone: A (r, in / N) or B (out, r / N)."""
+        (ranks, inputs), (outputs, columns) = self.a.shape, self.b.shape
+        whole = (outputs, inputs * count) if side == "A" else (outputs, inputs)
+        fit = columns == ranks if side == "A" else columns * count == ranks and outputs % count == 0
+        if not fit or ranks % count or self.target.shape != whole:
+            raise self._mismatch()
+        self._check_rank(ranks)
+        scaling = self.config.scaling(self.name, ranks)
+        numbers = {"scaling": scaling * self.adapter.weight, "blocks": float(count), "of_a": float(side == "A")}
+        factors = {"A": self._view(self.a), "B": self._view(self.b)}
+        place, number = parameter_place(self.target), self.adapter.number
+        operation = Operation("bdlora", place, number, self.module.module, self.rule, factors, numbers)
+        return [*placed([operation], self.target), *self._bias(scaling)]
+
     def _repeats(self) -> int:
         """PEFT adds the delta of a MultiheadAttention's `out_proj` twice, in the forward pass as in the merge (0.15 to
         0.21.2): the adapter was trained that way."""
         return 2 if self.module.inside is not None and self.module.module.endswith(".out_proj") else 1
 
     def _taken_from_base(self, operation: Operation, scaling: float) -> list[Operation]:
-        """For unconverted PiSSA and OLoRA: what PEFT takes out of the base when it loads the adapter."""
-        if self.config.init not in ("pissa", "olora"):
+        """For unconverted PiSSA and OLoRA, and for KaSA: what PEFT takes out of the base when it loads the adapter."""
+        taken = self.config.taken
+        if not taken:
             return []
-        if self.embedding or len(self.a.shape) > 2:
-            raise NotMergeableError(
-                (self.a.name,), f"`init_lora_weights = {self.config.init}` is not defined for `{self.module.module}`"
-            )
-        self._refuse_weight(f"an adapter with `init_lora_weights = {self.config.init}`")
-        numbers = {"rank": float(operation.factors["left"].shape[1]), "scaling": scaling}
-        place = operation.place
-        return [
-            Operation(
-                self.config.init,
-                place,
-                self.adapter.number,
-                self.module.module,
-                self.rule,
-                {},
-                numbers,
-                rounding=self.target.dtype,
-            )
-        ]
+        what = "kasa_config" if self.config.kasa else f"init_lora_weights = {self.config.init}"
+        rank = operation.factors["left"].shape[1]
+        known = not (self.embedding or len(self.a.shape) > 2)
+        if not known or (self.config.kasa and (operation.place.transposed or rank >= min(operation.place.shape))):
+            raise NotMergeableError((self.a.name,), f"`{what}` is not defined for `{self.module.module}`")
+        self._refuse_weight(f"an adapter with `{what}`")
+        numbers = {"rank": float(rank), "scaling": scaling}
+        return [replace(operation, formula=taken, factors={}, numbers=numbers, rounding=self.target.dtype)]
 
     def _bias(self, scaling: float) -> list[Operation]:
         if BIAS not in self.module.slots:

@@ -10,6 +10,7 @@ from typing import Any
 
 from streammerge.core.errors import NotMergeableError, UnknownFieldError
 from streammerge.methods import fields
+from streammerge.methods.lora_variants import Blocks
 from streammerge.methods.patterns import Patterns
 
 KNOWN = fields.Known(
@@ -17,13 +18,15 @@ KNOWN = fields.Known(
         {
             "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "rank_pattern",
             "alpha_pattern", "target_parameters", "layer_replication", "trainable_token_indices", "ensure_weight_tying",
+            "use_bdlora", "kasa_config",
         }
     ),
-    # The configs of initialisations belong here because `init_lora_weights` decides.
+    # The configs of initialisations belong here because `init_lora_weights` decides, those of VeLoRA and MonteCLoRA
+    # because both are a plain LoRA once they are trained.
     no_consequence=frozenset(
         {
             "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
-            "qalora_group_size", "save_embedding_layers",
+            "qalora_group_size", "save_embedding_layers", "velora_config", "monteclora_config",
         }
     ),
     neutral=MappingProxyType(
@@ -32,10 +35,6 @@ KNOWN = fields.Known(
             "arrow_config": "Arrow chooses among adapters for every token: there is no merged weight",
             "use_qalora": "QA-LoRA lives in the zero points of a GPTQ base, which is not merged",
             "megatron_config": "a Megatron adapter holds the shards of one tensor-parallel rank",
-            "kasa_config": "KaSA truncates the base's singular values, which is not supported yet",
-            "use_bdlora": "BD-LoRA's block-diagonal factors are not supported yet",
-            "velora_config": "VeLoRA is not supported yet",
-            "monteclora_config": "MonteCLoRA is not supported yet",
         }
     ),
 )  # fmt: skip
@@ -47,6 +46,8 @@ REFUSED_INITS: Mapping[str, str] = MappingProxyType(
         "lora_ga": "the base was changed with gradients that the adapter does not hold",
     }
 )
+VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
+"""Fields of which PEFT knows how to obey one at a time."""
 CONVERT = "save the adapter with `path_initial_model_for_weight_conversion`, which makes it a plain LoRA"
 
 
@@ -63,6 +64,13 @@ class LoraConfig(fields.Common):
     alpha_pattern: Patterns
     target_parameters: tuple[str, ...]
     layer_replication: tuple[tuple[int, int], ...]
+    blocks: Blocks | None
+    kasa: bool
+
+    @property
+    def taken(self) -> str | None:
+        """The formula of what PEFT takes out of the base when it loads the adapter; None for nothing."""
+        return "kasa_rest" if self.kasa else self.init if self.init in ("pissa", "olora") else None
 
     def rank_of(self, name: str) -> int | None:
         """The rank the config claims for a module; None where it claims none."""
@@ -82,6 +90,7 @@ def parse_config(raw: Mapping[str, Any], ignored: Collection[str] = ()) -> LoraC
     """
     KNOWN.check(raw, ignored)
     init = _init(raw.get("init_lora_weights", True))
+    _refuse_several(raw, init)
     return LoraConfig(
         **fields.common(raw, "lora_only", "trainable_token_indices"),
         rank=fields.number(raw, "r", None, whole=True),
@@ -93,7 +102,18 @@ def parse_config(raw: Mapping[str, Any], ignored: Collection[str] = ()) -> LoraC
         alpha_pattern=fields.pattern(raw, "alpha_pattern"),
         target_parameters=fields.names(raw, "target_parameters"),
         layer_replication=_ranges(raw.get("layer_replication")),
+        blocks=Blocks.of(raw),
+        kasa=fields.is_set(raw.get("kasa_config")),
     )
+
+
+def _refuse_several(raw: Mapping[str, Any], init: str) -> None:
+    """Refuse several variants in one; KaSA takes out of the base what PiSSA and OLoRA take theirs of."""
+    chosen = [name for name in VARIANTS if fields.is_set(raw.get(name))]
+    if init == "mica" or (init in ("pissa", "olora") and "kasa_config" in chosen):
+        chosen.append(f"init_lora_weights = {init}")
+    if len(chosen) > 1:
+        raise NotMergeableError(tuple(chosen), "no adapter can be all of these variants of LoRA at once")
 
 
 def _init(value: object) -> str:

@@ -8,6 +8,7 @@ is A, or `left` is A transposed and `right` B transposed where the module's weig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,13 @@ SAFE_EXPONENT = 64
 """Powers of two up to this, and down to its inverse, cannot overflow or underflow in a product of adapter values."""
 
 
+VECTORS = {"rows": "cols", "middle": "middle", "cols": "rows"}
+"""Diagonals that may stand around the factors of a product, and what each becomes when the product is transposed."""
+
+
 class ScaledProducts:
-    """Makes `(left[rows] @ right[:, cols]) * scaling` for rows of a region.
+    """Makes `(left[rows] @ right[:, cols]) * scaling` for rows of a region; where the operation has them, with the
+    diagonals `rows` (R) before, `middle` (K) between and `cols` (C) behind the factors.
 
     A scaling that is a power of two goes into `right`, where it changes the exponents of all sums alike and no bit of
     them; alpha over rank mostly is one, and a pass over the tile is saved. The product is never one of a single row or
@@ -41,7 +47,21 @@ class ScaledProducts:
         self._origin = region.rows[0]
         self._left_TK = factors.part(operation.factors["left"], region.rows, (0, rank))
         self._right_KC = factors.kept(operation.factors["right"], (0, rank), region.cols, folded)
-        self._right_gram_KK = partial(factors.gram, operation.factors["right"], (0, rank), region.cols, folded)
+        self._right_gram_KK: Callable[[], Tensor] = partial(
+            factors.gram, operation.factors["right"], (0, rank), region.cols, folded
+        )
+        if any(name in operation.factors for name in VECTORS):
+            self._with_diagonals(operation, region, factors)
+
+    def _with_diagonals(self, operation: Operation, region: Region, factors: Factors) -> None:
+        vectors = {name: factors.vector(operation.factors[name]) for name in VECTORS if name in operation.factors}
+        if "rows" in vectors:
+            self._left_TK = self._left_TK * vectors["rows"][slice(*region.rows), None]
+        if "middle" in vectors:
+            self._right_KC = self._right_KC * vectors["middle"][:, None]
+        if "cols" in vectors:
+            self._right_KC = self._right_KC * vectors["cols"][None, slice(*region.cols)]
+        self._right_gram_KK = lambda: self._right_KC @ self._right_KC.T
 
     def into(self, out: Tensor, rows: tuple[int, int]) -> Tensor:
         """The delta of rows [first, last) of the place."""
@@ -81,21 +101,29 @@ def cut_product(operation: Operation, cut: Cut) -> CutOperation:
     `(left @ right).T = right.T @ left.T`."""
     left, right = operation.factors["left"].cut(0, cut.rows), operation.factors["right"].cut(1, cut.cols)
     factors = {"left": right.t, "right": left.t} if cut.swapped else {"left": left, "right": right}
+    lines = {"rows": cut.rows, "cols": cut.cols}
+    for name, turned in VECTORS.items():
+        if name in operation.factors:
+            vector = operation.factors[name]
+            part = vector.cut(0, lines[name]) if name in lines else vector
+            factors[turned if cut.swapped else name] = part
     return cut.turned(operation.place.transposed), factors
 
 
 class LowRank(AdditiveFormula):
-    """`W + scaling * left @ right`. Factors: `left` (R, K), `right` (K, C); numbers: `scaling`."""
+    """`W + scaling * left @ right`. Factors: `left` (R, K), `right` (K, C), and the diagonals of `ScaledProducts`;
+    numbers: `scaling`."""
 
-    title = "W + scaling * B @ A"
+    def __init__(self, title: str = "W + scaling * B @ A", zero_if: tuple[str, ...] = ()) -> None:
+        self.title, self.zero_if = title, zero_if
 
     def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """Any part will do."""
         return cut_product(operation, cut)
 
     def memory(self, operation: Operation, tile: tuple[int, int]) -> int:
-        """Both factors of the tile."""
-        return factor_memory(operation, tile)
+        """Both factors of the tile, a second time where diagonals are multiplied in."""
+        return factor_memory(operation, tile) * (1 + any(name in operation.factors for name in VECTORS))
 
     def deltas(self, operation: Operation, region: Region, factors: Factors) -> Deltas:
         """`S * scaling`, (T, C)."""

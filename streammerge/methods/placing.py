@@ -37,7 +37,9 @@ def placed(operations: Iterable[Operation], parameter: Parameter, *, stacked: bo
     for operation in operations:
         parts = cuts[operation.place.matrix]
         for cut in parts:
-            place, factors = FORMULAS[operation.formula].cut(operation, cut)
+            formula = FORMULAS[operation.formula]
+            place, factors = formula.cut(operation, cut)
+            lines = (cut.cols, cut.rows) if operation.place.transposed else (cut.rows, cut.cols)
             is_part = len(parts) > 1 or place.shape != place.view.shape
             yield Operation(  # not `replace`, which experts by the ten thousand would feel
                 operation.formula,
@@ -51,4 +53,5 @@ def placed(operations: Iterable[Operation], parameter: Parameter, *, stacked: bo
                 operation.rounding,
                 parameter.name,
                 is_part,
+                lines if formula.windowed else None,
             )

@@ -1,7 +1,8 @@
-"""PiSSA and OLoRA adapters that were not converted: PEFT takes a low-rank part out of the base when it loads them.
+"""What is taken out of the base before a delta is added: by PEFT, when it loads PiSSA, OLoRA, KaSA and OSF adapters.
 
-`W_r = round(W - P)` with P the top singular part (Meng et al. 2024, arXiv:2404.02948) or `scaling * Q_r @ R_r` of the
-QR decomposition (arXiv:2406.01775), in float32; the delta is then added to W_r.
+`W_r = round(W - P)` with P the top singular part (PiSSA, Meng et al. 2024, arXiv:2404.02948), `scaling * Q_r @ R_r` of
+the QR decomposition (OLoRA, arXiv:2406.01775), or the lowest singular part (KaSA, arXiv:2412.06071, and OSF, which does
+not round), decomposed in float32; the delta is then added to W_r.
 P does not depend on the signs a LAPACK chooses, but its last bits do depend on the library: best effort to one ulp.
 """
 
@@ -24,11 +25,12 @@ SVD_COPIES = 6
 
 
 class Principal(AbsoluteFormula):
-    """Numbers: `rank`, `scaling`; `rounding` is the base's dtype, which W_r is stored in while training."""
+    """Numbers: `rank`, of P, and `scaling`; `rounding` is the base's dtype, which W_r is stored in while training, or
+    empty where W_r is not rounded. `decomposition` is `svd`, `qr`, or `tail` for the lowest singular part."""
 
     def __init__(self, decomposition: str) -> None:
-        self.decomposition = decomposition
-        self.title = "W - top singular part" if decomposition == "svd" else "W - scaling * Q_r @ R_r"
+        titles = {"svd": "W - top singular part", "qr": "W - scaling * Q_r @ R_r", "tail": "W - lowest singular part"}
+        self.decomposition, self.title = decomposition, titles[decomposition]
 
     def locality(self, operation: Operation) -> Locality:
         """The decomposition needs all of W."""
@@ -63,15 +65,18 @@ class Principal(AbsoluteFormula):
         else:
             weight_OI = stored_RC.T if operation.place.transposed else stored_RC
             u, s, vh = torch.linalg.svd(weight_OI, full_matrices=False)
-            root = s[:rank].sqrt()
-            left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
+            part = slice(len(s) - rank, None) if self.decomposition == "tail" else slice(rank)
+            root = s[part].sqrt()
+            left, right = u[:, part] * root, root[:, None] * vh[part]
             parts = (right.T, left.T) if operation.place.transposed else (left, right)
-        return tuple(part.to(torch.float64).contiguous() for part in parts)
+        return tuple(factor.to(torch.float64).contiguous() for factor in parts)
 
     def apply(self, operation: Operation, region: Region, weight: Tensor, state: Any, factors: Factors) -> Tensor:
-        """`round(W - P)` in the base's dtype, as float64."""
+        """`round(W - P)` in the base's dtype, as float64; `W - P` where nothing is rounded."""
         import torch
 
         left, right = state
         taken: Tensor = weight - left[slice(*region.rows)] @ right[:, slice(*region.cols)]
+        if not operation.rounding:
+            return taken
         return taken.to(torch.float32).to(torch_dtype(operation.rounding)).to(torch.float64)

@@ -66,12 +66,15 @@ class FullReplacement:
 
 @dataclass(slots=True)
 class Contribution:
-    """What one adapter does to the base. `notes` are sentences for the plan."""
+    """What one adapter does to the base. `notes` are sentences for the plan, `ignored` keys that do nothing by the rule
+    that says so, `positions` keys of tensors that hold numbers of elements."""
 
     operations: list[Operation] = field(default_factory=list)
     replacements: list[FullReplacement] = field(default_factory=list)
     unmatched: list[UnmatchedKey] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    positions: set[str] = field(default_factory=set)
 
 
 class Reader(Protocol):

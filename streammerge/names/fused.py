@@ -13,7 +13,7 @@ from dataclasses import replace
 from streammerge.core.lines import Lines, all_lines
 from streammerge.names.catalog import Catalog
 from streammerge.names.layouts import Layout, Part, layouts_for
-from streammerge.names.pieces import Axis, Parameter, Piece, through
+from streammerge.names.pieces import Axis, Parameter, Piece, Sizes, suits, through
 
 
 class Fused:
@@ -28,8 +28,9 @@ class Fused:
         architecture = self.catalog.architecture
         return layouts_for(architecture.model_type if architecture else None, self.catalog.config)
 
-    def find(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Parameter, str]]:
-        """Parameters of that `shape`, (out, in) or (out,), that the name may stand for, each with its rule."""
+    def find(self, name: str, shape: Sizes) -> Iterator[tuple[Parameter, str]]:
+        """Parameters of that `shape`, (out, in) or (out,), that the name may stand for, each with its rule; what is not
+        known of the shape, the layout says."""
         module, _, kind = name.rpartition(".")
         for layout in self.layouts:
             part = layout.part_of(module)
@@ -62,7 +63,7 @@ class Fused:
             or catalog.translated(name, None)  # the adapter's era, or the row, may call the fused module otherwise
         )
 
-    def _part(self, layout: Layout, part: Part, kind: str, name: str, shape: tuple[int, ...]) -> Parameter | None:
+    def _part(self, layout: Layout, part: Part, kind: str, name: str, shape: Sizes) -> Parameter | None:
         """The part of a stored module."""
         found = self._lookup(f"{part.fused}.{kind}") or (self._lookup(part.fused) if kind == "weight" else None)
         if found is None:
@@ -75,11 +76,13 @@ class Fused:
             return replace(through(name, found.dtype, [piece], {found.name: found}), rules=found.rules)
         return None
 
-    def _whole(self, layout: Layout, names: list[str], name: str, shape: tuple[int, ...]) -> Parameter | None:
+    def _whole(self, layout: Layout, names: list[str], name: str, sizes: Sizes) -> Parameter | None:
         """The whole of a module that is stored in parts."""
         if layout.experts or not all(found := [self._lookup(part) for part in names]):
             return None
         parts = [part for part in found if part]
+        stored = sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+        shape = tuple(size if want is None else want for size, want in zip(stored, sizes, strict=False))
         try:
             rows = [layout.lines(number, shape[0]) for number in range(len(parts))]
             pieces = [_whole_piece(part, lines, shape) for part, lines in zip(parts, rows, strict=True)]
@@ -88,7 +91,7 @@ class Fused:
         return through(name, parts[0].dtype, pieces, {part.name: part for part in parts})
 
 
-def _part_piece(layout: Layout, part: Part, found: Parameter, shape: tuple[int, ...], *, transposed: bool) -> Piece:
+def _part_piece(layout: Layout, part: Part, found: Parameter, shape: Sizes, *, transposed: bool) -> Piece:
     """A part as a piece of the stored module `found`. Raises ValueError where the sizes do not agree."""
     sizes = found.shape
     stacked = layout.experts == "stacked"
@@ -103,7 +106,7 @@ def _part_piece(layout: Layout, part: Part, found: Parameter, shape: tuple[int, 
     out, into = (first + 1, first) if transposed and len(shape) == 2 else (first, first + 1)
     ranges[out] = layout.lines(part.index, ranges[out].total).shifted(ranges[out].start)
     axes = tuple(Axis(n, all_lines(ranges[n].total), ranges[n]) for n in (out, into)[: len(shape)])
-    if tuple(axis.here.total for axis in axes) != shape:
+    if not suits([axis.here.total for axis in axes], shape):
         raise ValueError("another shape")
     return Piece(found.name, sizes, axes, ((0, part.expert or 0),) if stacked else ())
 

@@ -17,6 +17,9 @@ from itertools import product
 from streammerge.core.lines import Lines, Pairing, all_lines, pairings
 from streammerge.core.tensors import MatrixView, Place, TensorInfo
 
+Sizes = tuple[int | None, ...]
+"""A shape as far as it is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -158,6 +161,11 @@ class Parameter:
                     fixed[stack.of] = stack.there.line(position)
                 found[stack.here.line(position)].append(_cut(axes, fixed, piece, view))
         return found
+
+
+def suits(shape: Sequence[int], sizes: Sizes) -> bool:
+    """Whether a shape is the one that is known in part."""
+    return len(shape) == len(sizes) and all(want in (None, size) for size, want in zip(shape, sizes, strict=True))
 
 
 def through(name: str, dtype: str, own: list[Piece], parameters: dict[str, Parameter]) -> Parameter:

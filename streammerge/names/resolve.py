@@ -16,7 +16,7 @@ from itertools import pairwise
 from streammerge.core.text import nearest
 from streammerge.names.catalog import Catalog
 from streammerge.names.fused import Fused
-from streammerge.names.pieces import Parameter
+from streammerge.names.pieces import Parameter, Sizes
 
 PREFIX_SEGMENTS = frozenset(
     {
@@ -43,12 +43,13 @@ EXPLAINED = 64
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A parameter an adapter module asks for: any of `parameters` under `module`. `shape` is that of the module's
-    weight, (out, in), where the factors tell. `fits` says whether a parameter would do; only the prefix solver asks."""
+    weight, (out, in), as far as the factors tell. `fits` says whether a parameter would do; only the prefix solver
+    asks."""
 
     module: str
     parameters: tuple[str, ...]
     fits: Callable[[Parameter], bool]
-    shape: tuple[int, ...] | None = None
+    shape: Sizes | None = None
 
     def names(self, module: str | None = None) -> tuple[str, ...]:
         """The names to look for, under this module or another in its stead."""
@@ -100,23 +101,24 @@ class Resolver:
             for wish, answer in zip(wishes, answers, strict=True)
         ]
 
-    def find(self, name: str, shape: tuple[int, ...] | None = None) -> Found | None:
+    def find(self, name: str, shape: Sizes | None = None) -> Found | None:
         """A full parameter name by all rules but the last."""
         return next(self.candidates(name, shape), None)
 
     def _by_rules(self, wish: Wanted) -> Found | None:
         return next((found for name in wish.names() if (found := self.find(name, wish.shape))), None)
 
-    def candidates(self, name: str, shape: tuple[int, ...] | None, *, tied: bool = True) -> Iterator[Found]:
+    def candidates(self, name: str, shape: Sizes | None, *, tied: bool = True) -> Iterator[Found]:
         """What the rules find, best first; `tied` for the other sides of ties too."""
         catalog = self.catalog
+        known = tuple(size for size in shape or () if size is not None)
         if found := catalog.parameter(name):
             yield Found(found, _said("exact", found))
         if found := catalog.tensor(name):
             yield Found(found, "exact")
         if found := catalog.prefixed(name):
             yield Found(found, _said("base-prefix", found))
-        if found := catalog.translated(name, shape):
+        if found := catalog.translated(name, known if shape is not None and len(known) == len(shape) else None):
             yield Found(found, _said("converted", found))
         yield from self._tied(name) if tied else ()
         if shape is not None:

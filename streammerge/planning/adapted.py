@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streammerge.core.lines import Lines, all_lines
-from streammerge.core.tensors import MatrixView, Operation, OutputTensor, Place, Replacement, Stored, TensorInfo
+from streammerge.core.tensors import BASE, MatrixView, Operation, OutputTensor, Place, Replacement, Stored, TensorInfo
 from streammerge.planning.model import MergePlan, OperationFacts
 
 _TABLE_ROW = re.compile(r"[^\s,`]+\[\d+\]")
@@ -106,13 +106,18 @@ def _of_steps(steps: list[Step], biases: list[Step]) -> AdaptedModule:
         parameter=first.parameter,
         rules=tuple(dict.fromkeys(operation.rule for operation, _, _ in every)),
         formulas=tuple(dict.fromkeys(operation.formula for operation, _, _ in every)),
-        keys=tuple(dict.fromkeys(view.key for operation, _, _ in every for view in operation.factors.values())),
+        keys=tuple(dict.fromkeys(key for operation, _, _ in every for key in _keys(operation))),
         targets=tuple(dict.fromkeys(target for _, _, target in every)),
         rank=ranks[0] if ranks else None,
         scaling=scalings[0] if scalings else None,
         norm=None if None in norms else sum(norm * norm for norm in norms if norm) ** 0.5,
         zero=all(facts.zero for _, facts, _ in every),
     )
+
+
+def _keys(operation: Operation) -> Iterator[str]:
+    """The adapter's tensors that an operation uses."""
+    return (view.key for view in operation.factors.values() if view.adapter != BASE)
 
 
 def _name(item: tuple[str, Any]) -> str:

@@ -21,6 +21,7 @@ from streammerge.core.options import Options
 from streammerge.core.tensors import OutputTensor, Replacement, Source, Stored, TensorInfo
 from streammerge.core.text import some_of
 from streammerge.formats.filenames import CONFIG
+from streammerge.methods.fields import with_version
 from streammerge.methods.lora_config import parse_config
 from streammerge.methods.parts import Parts
 from streammerge.methods.readers import read_adapter
@@ -117,12 +118,16 @@ class _Builder:
         for number, (adapter, part, weight) in enumerate(zip(self.adapters, parts, self.weights, strict=True)):
             if weight != 1 or len(parts) > 1:
                 part = self._without_copies(adapter, part, view)
+            config = with_version(adapter.facts.config, self.options.peft_version)
             given = (fields, self.options.expert_orientation, self.options.expert_packing)
-            contribution = read_adapter(AdapterInput(number, part, adapter.facts.config, weight, *given), view)
-            ignored.append(dict(part.ignored) | ledger.let_go(contribution, adapter, self.options.allow_unused))
+            contribution = read_adapter(AdapterInput(number, part, config, weight, *given), view)
+            ignored.append(
+                {**part.ignored, **contribution.ignored}
+                | ledger.let_go(contribution, adapter, self.options.allow_unused)
+            )
             contributions.append(contribution)
-        for adapter in self.adapters:
-            check_finite(adapter)
+        for adapter, contribution in zip(self.adapters, contributions, strict=True):
+            check_finite(adapter, contribution.positions)
         return stock, catalog, contributions, ignored
 
     def _without_copies(self, adapter: Adapter, parts: Parts, view: BaseView) -> Parts:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streammerge.core.errors import CompositionError, ShapeMismatchError
-from streammerge.core.tensors import Operation, Replacement, TensorInfo
-from streammerge.methods import FORMULAS, Locality
+from streammerge.core.tensors import BASE, Operation, Replacement, TensorInfo
+from streammerge.methods import FORMULAS
 from streammerge.methods.reading import Contribution, FullReplacement
 
 EMBEDDING_MODULES = frozenset(
@@ -73,13 +73,25 @@ def collect(contributions: Sequence[Contribution]) -> dict[str, Draft]:
     for name, draft in drafts.items():
         draft.operations.sort(key=lambda operation: TURN.get(operation.formula, 1))
         check_composition(name, draft)
+        _check_sources(draft, drafts)
     return drafts
+
+
+def _check_sources(draft: Draft, drafts: Mapping[str, Draft]) -> None:
+    """Refuse an effect that reads a tensor of the base which another adapter replaces."""
+    for operation in draft.operations:
+        for view in operation.factors.values():
+            if view.adapter == BASE and view.key in drafts and drafts[view.key].replacement:
+                reason = f"`{operation.module}` is adapted by what the base has in `{view.key}`, which another replaces"
+                raise CompositionError((operation.module,), reason, "merge them one at a time, in the order you mean")
 
 
 def check_composition(name: str, draft: Draft) -> None:
     """Refuse effects on one tensor that have no agreed sum: a formula that looks at W stands alone in its adapter, and
     the same row is replaced once."""
-    looking = [op for op in draft.others if FORMULAS[op.formula].locality(op) is not Locality.ELEMENT]
+    looking = [op for op in draft.others if not FORMULAS[op.formula].additive and op.formula != "values"]
+    if all(FORMULAS[op.formula].commutes for op in looking) and len({op.formula for op in draft.others}) == 1:
+        looking = []
     adapters = {op.adapter for op in draft.others}
     if looking and len(adapters) > 1:
         title = FORMULAS[looking[0].formula].title

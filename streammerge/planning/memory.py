@@ -49,7 +49,7 @@ def figures(
     each = tile + (buffer_count(1) - buffer_count(0) + READ_BUFFERS.get(options.read, 1)) * PIECE
     whole = each + shared
     if whole > options.memory:
-        reason = f"for `{tile_of}`" if not state else f"the decomposition of `{state_of}` needs all of it in memory"
+        reason = f"for `{tile_of}`" if not state else f"`{state_of}` needs all of it in memory, or what it is made from"
         raise BudgetError(needed=whole, granted=options.memory, because=reason)
     workers = min(options.worker_count(), max(1, (options.memory - shared) // each))
     return Figures(

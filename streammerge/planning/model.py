@@ -210,6 +210,7 @@ def _operation_data(operation: Operation) -> dict[str, Any]:
         "place": _flat(place) | region,
         "factors": factors,
         "numbers": dict(operation.numbers),
+        "window": [_lines_data(lines) for lines in operation.window or ()],
     }
 
 
@@ -240,4 +241,6 @@ def _operation_of(data: Mapping[str, Any]) -> Operation:
         name: FactorView(**{**view, "axes": tuple(Lines(*axis) for axis in view["axes"])})
         for name, view in data["factors"].items()
     }
-    return Operation(**{**data, "place": Place(**place), "factors": factors, "indices": tuple(data["indices"])})
+    window = tuple(Lines(*lines) for lines in data["window"]) or None
+    given = {"place": Place(**place), "factors": factors, "indices": tuple(data["indices"]), "window": window}
+    return Operation(**{**data, **given})

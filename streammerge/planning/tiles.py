@@ -7,10 +7,13 @@ rows, or a stretch of one very long row.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from streammerge.core.tensors import MatrixView
+from streammerge.core.tensors import MatrixView, Operation
+from streammerge.methods import FORMULAS
 
 ARITHMETIC_VERSION = 1
 """Raised by whatever changes a bit of any output."""
@@ -36,10 +39,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of one stored tensor. `rank` is the highest of its operations, 0 if there are none."""
+    """The tiles of one stored tensor. `rank` is the highest of its operations, 0 if there are none; `together` is how
+    many rows, from a multiple of it on, lie in one tile."""
 
     view: MatrixView
     rank: int
+    together: int = 1
 
     @cached_property
     def tile_shape(self) -> tuple[int, int]:
@@ -48,7 +53,8 @@ class TileGrid:
         if cols > LONGEST_ROW:
             return 1, LONGEST_ROW
         elements = TILE_ELEMENTS if self.rank <= SMALL_RANK else TILE_ELEMENTS_HIGH_RANK
-        return min(rows, max(LEAST_ROWS, elements // max(cols, 1))), cols
+        height = max(LEAST_ROWS, elements // max(cols, 1))
+        return min(rows, -(-height // self.together) * self.together), cols
 
     @property
     def count(self) -> int:
@@ -93,8 +99,9 @@ class TileGrid:
         return range(matrix * bands * strips, (matrix + 1) * bands * strips)
 
 
-def grid_of(shape: tuple[int, ...], operations: tuple[object, ...] | list[object]) -> TileGrid:
+def grid_of(shape: tuple[int, ...], operations: Sequence[Operation]) -> TileGrid:
     """The grid of a tensor of `shape` under its operations."""
-    views = {operation.place.view for operation in operations}  # type: ignore[attr-defined]
-    ranks = [operation.factors["left"].shape[1] for operation in operations if "left" in operation.factors]  # type: ignore[attr-defined]
-    return TileGrid(views.pop() if views else MatrixView.of(shape), max(ranks, default=0))
+    views = {operation.place.view for operation in operations}
+    ranks = [operation.factors["left"].shape[1] for operation in operations if "left" in operation.factors]
+    together = math.lcm(*(FORMULAS[operation.formula].rows_together(operation) for operation in operations))
+    return TileGrid(views.pop() if views else MatrixView.of(shape), max(ranks, default=0), together)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.core.dtypes import FLOATS, as_numpy, itemsize, surely_finite
+from streammerge.core.dtypes import FLOATS, INTEGERS, as_numpy, itemsize, surely_finite
 from streammerge.core.errors import NonFiniteError, NotMergeableError
-from streammerge.core.tensors import FactorBlock, FactorView, Operation, OutputTensor, TensorInfo
+from streammerge.core.tensors import BASE, FactorBlock, FactorView, Operation, OutputTensor, TensorInfo
+from streammerge.methods import FORMULAS
 from streammerge.methods.parts import Parts, sort_parts
 from streammerge.planning.model import OperationFacts
 from streammerge.sources.adapter import Adapter
@@ -37,10 +38,12 @@ def parts_of(adapter: Adapter) -> Parts:
     return sort_parts(adapter.facts.tensors, lambda a, b: same_bytes((adapter.files, a), (adapter.files, b)))
 
 
-def check_finite(adapter: Adapter) -> None:
-    """Refuse NaN and infinity anywhere in the adapter, and factors of a dtype no arithmetic is done on."""
+def check_finite(adapter: Adapter, positions: Collection[str] = ()) -> None:
+    """Refuse NaN and infinity anywhere in the adapter, and factors of a dtype no arithmetic is done on; the tensors
+    named `positions` may hold integers."""
     for info in adapter.facts.tensors.values():
-        _check_finite(adapter, info)
+        if not (info.name in positions and info.dtype in INTEGERS):
+            _check_finite(adapter, info)
 
 
 def _check_finite(adapter: Adapter, info: TensorInfo) -> None:
@@ -95,7 +98,8 @@ def facts_of(outputs: Iterable[OutputTensor], adapters: Sequence[Adapter]) -> di
     gram = functools.lru_cache(maxsize=8)(functools.partial(_gram, adapters=adapters))
     for output in outputs:
         found[output.name] = tuple(operation_facts(operation, adapters, gram) for operation in output.operations)
-        for number, key in {(view.adapter, view.key) for op in output.operations for view in op.factors.values()}:
+        views = (view for operation in output.operations for view in operation.factors.values())
+        for number, key in {(view.adapter, view.key) for view in views if view.adapter != BASE}:
             info = adapters[number].facts.tensors[key]
             adapters[number].files.give_back(info, 0, info.nbytes)
     return found
@@ -113,7 +117,8 @@ def operation_facts(
         )
         return _facts(float(np.sqrt((delta * delta).sum())))
     if operation.formula != "lora":
-        return OperationFacts(None, zero=False)
+        decisive = [operation.factors[n] for n in FORMULAS[operation.formula].zero_if if n in operation.factors]
+        return OperationFacts(None, zero=any(_is_zero(factor, adapters) for factor in decisive))
     gram = gram or functools.partial(_gram, adapters=adapters)
     left, right = operation.factors["left"].t, operation.factors["right"]
     if right.shape[0] > GRAM_RANK:
@@ -121,6 +126,15 @@ def operation_facts(
     else:
         squared = float((gram(left) * gram(right)).sum())
     return _facts(abs(operation.numbers["scaling"]) * math.sqrt(max(squared, 0.0)))
+
+
+def _is_zero(view: FactorView, adapters: Sequence[Adapter]) -> bool:
+    """Whether every value of the tensor that a factor is of is zero."""
+    adapter = adapters[view.adapter]
+    info = adapter.facts.tensors[view.key]
+    step = PIECE * itemsize(info.dtype)
+    pieces = (adapter.files.read(info, at, min(at + step, info.nbytes)) for at in range(0, info.nbytes, step))
+    return not any(as_numpy(piece, info.dtype).any() for piece in pieces)
 
 
 def _facts(norm: float) -> OperationFacts:
