@@ -1,4 +1,4 @@
-"""Writes the tables of README.md that the code knows better: options, exit codes, and what is refused by name.
+"""Writes the tables of README.md that the code knows better: options, exit codes, methods, what is refused by name.
 
 Each stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is between them is replaced. With `--check` nothing is
 written, and the exit code is 1 if a table is out of date. Run: python scripts/sync_docs.py [--check]
@@ -16,7 +16,8 @@ from streammerge.cli.main import parsers
 from streammerge.cli.signals import HANDLED
 from streammerge.core.errors import Interrupted, StreamMergeError
 from streammerge.core.options import Options
-from streammerge.methods.lora_config import MUST_BE_NEUTRAL, REFUSED_INITS
+from streammerge.methods import METHODS
+from streammerge.methods.lora_config import KNOWN, REFUSED_INITS
 from streammerge.methods.readers import NOT_MERGEABLE
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -59,10 +60,21 @@ def _below(kind: type[StreamMergeError]) -> Iterator[type[StreamMergeError]]:
         yield from _below(child)
 
 
+def methods() -> str:
+    """Every PEFT type beside LoRA: what it does to a weight, where it looks, and what it does not take."""
+    rows = []
+    for kind, method in METHODS.items():
+        formulas = "; ".join(_code(formula.title) for formula in method.formulas.values())
+        rows.append((_code(kind), formulas, method.layers, method.local, method.eras, method.refuses))
+    return _table(("`peft_type`", "formula", "layers", "a tile needs", "versions of files", "refused"), rows)
+
+
 def refused() -> str:
     """PEFT types, config fields and initialisations that are refused, and why."""
     rows = [*_refused("peft_type", NOT_MERGEABLE), *_refused("init_lora_weights", REFUSED_INITS)]
-    rows += [(_code(field), reason) for field, reason in MUST_BE_NEUTRAL.items()]
+    rows += [(_code(field), reason) for field, reason in KNOWN.neutral.items()]
+    for kind, method in METHODS.items():
+        rows += [(f"{_code(field)} of `{kind}`", reason) for field, reason in method.known.neutral.items()]
     return _table(("in `adapter_config.json`", "why"), rows)
 
 
@@ -80,10 +92,12 @@ def _code(text: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|" for cells in lines)
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"options": options, "exit codes": exit_codes, "refused": refused}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "options": options, "exit codes": exit_codes, "methods": methods, "refused": refused,
+}  # fmt: skip
 
 
 def synced(text: str) -> str:

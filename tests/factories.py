@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -77,7 +78,33 @@ class Attention(nn.Module):
         return self.head(self.attn(x, x, x)[0])
 
 
-MODULES: Mapping[str, Callable[[], nn.Module]] = {"convolutions": Convolutions, "attention": Attention}
+class Layers(nn.Module):
+    """Layers of torch in the shapes that methods differ on: a table, wide, narrow and square matrices with and without
+    a bias, a norm, square kernels, one of them of a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 16)
+        self.wide = nn.Linear(16, 24)
+        self.narrow = nn.Linear(24, 16)
+        self.square = nn.Linear(16, 16, bias=False)
+        self.norm = nn.LayerNorm(16)
+        self.line = nn.Conv1d(4, 8, 3, padding=1)
+        self.kernel = nn.Conv2d(8, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 8, 3, padding=1, groups=2)
+
+    def forward(self) -> torch.Tensor:
+        """The output for one fixed input."""
+        x = self.norm(self.square(self.narrow(self.wide(self.table(torch.arange(30)[:16])))))
+        x = self.line(x.reshape(4, 4, 16)).reshape(4, 8, 4, 4)
+        return self.grouped(self.kernel(x))
+
+
+MODULES: Mapping[str, Callable[[], nn.Module]] = {
+    "convolutions": Convolutions,
+    "attention": Attention,
+    "layers": Layers,
+}
 KINDS: Mapping[str, Kind] = {
     "llama": Kind("LlamaConfig", {**DECODER, "attention_bias": True}),
     "llama-tied": Kind("LlamaConfig", {**DECODER, "tie_word_embeddings": True}),
@@ -220,12 +247,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def make_adapter(model: nn.Module, *, seed: int = 7, zero_b: bool = False, **lora: Any) -> PeftModel:
-    """A LoRA adapter on `model` with random factors whose deltas are about as large as the weights. `lora` are the
-    arguments of PEFT's LoraConfig; B is zero, as PEFT leaves it, only if `zero_b`."""
-    arguments = {"r": 4, "lora_alpha": 6, **lora}
+def make_adapter(
+    model: nn.Module, config: str = "LoraConfig", *, seed: int = 7, zero_b: bool = False, **arguments: Any
+) -> PeftModel:
+    """An adapter on `model` with random factors whose deltas are about as large as the weights. `arguments` are those
+    of PEFT's class `config`; the B of a LoRA is zero, as PEFT leaves it, only if `zero_b`."""
+    usual = {"r": 4, "lora_alpha": 6} if config == "LoraConfig" else {}
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(**arguments))
+    adapted = get_peft_model(model, getattr(peft, config)(**{**usual, **arguments}))
     randomise(adapted, seed, zero_b=zero_b)
     return adapted
 

@@ -22,6 +22,7 @@ def test_the_defaults_keep_everything_as_it_is() -> None:
         "allow_unused": (),
         "ignore_config_field": (),
         "expert_orientation": "auto",
+        "peft_version": "auto",
         "expert_packing": "peft",
         "accumulate": "float64",
         "sha256": False,

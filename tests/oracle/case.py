@@ -32,7 +32,7 @@ class Oracle(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One adapter on one base. `lora` are LoraConfig's arguments.
+    """One adapter on one base. `arguments` are those of the class `peft` of PEFT.
 
     `trained_on` loads the model the adapter is trained on from the base; None: as what it was saved. `loads_as` loads
     the output; None: like `trained_on`. `prepare` is done to the model before the adapter is added, in training as in
@@ -45,7 +45,7 @@ class Case:
 
     name: str
     base: str
-    lora: Mapping[str, Any]
+    arguments: Mapping[str, Any]
     oracle: Oracle = Oracle.MERGE
     trained_on: Loader | None = None
     loads_as: Loader | None = None
@@ -58,6 +58,9 @@ class Case:
     formula: Callable[[Tensors, Path], Tensors] | None = None
     rounds_twice: tuple[str, ...] = ()
     """Endings of tensor names that PEFT rounds twice in bfloat16; there only the correct rounding is asked for."""
+    draws_by_dtype: bool = False
+    """Whether PEFT rounds what it draws to the dtype of the base: a reference in another one is loaded in that, and
+    widened before it is merged."""
     rounds_base: bool = False
     """Whether the method rounds in the middle, so that there is no one correct rounding of the whole."""
     forward: bool = True
@@ -70,6 +73,12 @@ class Case:
     """Fields of the output's config.json and their values."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options the merge is told."""
+    peft: str = "LoraConfig"
+    """The class of the adapter's config."""
+    exact: bool = True
+    """Whether PEFT's merge in float64 is the exact result, to which ours must be the nearest."""
+    error: float = 2e-6
+    """Of the largest weight, in float32."""
 
     def __str__(self) -> str:
         return self.name

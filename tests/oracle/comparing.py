@@ -24,7 +24,7 @@ def assert_same_names(ours: Tensors, theirs: Tensors, allowed: frozenset[str] = 
     assert not theirs.keys() - ours.keys(), f"only theirs: {sorted(theirs.keys() - ours.keys())}"
 
 
-def assert_parity(ours: Tensors, theirs: Tensors, skip: tuple[str, ...]) -> None:
+def assert_parity(ours: Tensors, theirs: Tensors, skip: tuple[str, ...], error: float = FLOAT32_ERROR) -> None:
     """PEFT's merged tensors, within what its own rounding leaves open. `skip`: endings of names to leave out."""
     differing = total = 0
     for name, expected in theirs.items():
@@ -33,11 +33,11 @@ def assert_parity(ours: Tensors, theirs: Tensors, skip: tuple[str, ...]) -> None
         if name.endswith(skip or ("\0",)):
             continue
         if got.dtype == torch.float32:
-            error = (got - expected).abs().max()
-            assert error <= FLOAT32_ERROR * expected.abs().max(), f"{name}: off by {error:.3g}"
+            off = (got - expected).abs().max()
+            assert off <= error * expected.abs().max(), f"{name}: off by {off:.3g}"
             continue
         apart = ulps_apart(got, expected)
-        far = (apart > 1) & ((got.float() - expected.float()).abs() > FLOAT32_ERROR * expected.float().abs().max())
+        far = (apart > 1) & ((got.float() - expected.float()).abs() > error * expected.float().abs().max())
         assert not bool(far.any()), f"{name}: up to {int(apart[far].max())} ulp apart in {int(far.sum())} elements"
         differing, total = differing + int(apart.sum()), total + apart.numel()
     assert differing <= DIFFERING * total, f"{differing} of {total} elements differ from PEFT's"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 import streammerge
@@ -64,7 +64,7 @@ class Workbench:
 
     def _train(self, case: Case, dtype: str) -> Path:
         where = self.directory("adapters", f"{case.name}-{dtype}", "saved")
-        adapted = make_adapter(self.model(case, dtype, dtype), **case.lora)
+        adapted = make_adapter(self.model(case, dtype, dtype), case.peft, **case.arguments)
         if case.train:
             case.train(adapted)
         save = case.save(adapted, where.parent) if callable(case.save) else case.save
@@ -89,10 +89,14 @@ class Workbench:
         if case.formula:
             wide = {name: tensor.double() for name, tensor in load_tensors(self.base(case.base, dtype)).items()}
             return case.formula(wide, self.saved(case, dtype))
-        model, config = self.model(case, dtype, compute), LoraConfig.from_pretrained(self.saved(case, dtype))
+        loaded_in = dtype if case.draws_by_dtype else compute
+        model, config = self.model(case, dtype, loaded_in), PeftConfig.from_pretrained(self.saved(case, dtype))
         if case.oracle is Oracle.UNTIED:
-            untie(model, config)
-        merged = PeftModel.from_pretrained(model, self.saved(case, dtype), config=config).merge_and_unload()
+            untie(model, config)  # type: ignore[arg-type]
+        adapted = PeftModel.from_pretrained(model, self.saved(case, dtype), config=config)
+        if loaded_in != compute:
+            adapted.to(DTYPES[compute])
+        merged = adapted.merge_and_unload()
         tensors = self._stored(merged, case, f"{case.name}-{dtype}-{compute}")
         rename = case.rename or (lambda name: name)
         return {new: tensor for name, tensor in tensors.items() if (new := rename(name)) is not None}
