@@ -7,11 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.campaigns.listening import listen
 from tests.campaigns.order import ORDER
 
 ORDER.install()
+listen()
 
-ORACLES = {"tests/oracle/": "LoRA oracle cases equal", "tests/architectures/": "model types equal to PEFT"}
+ORACLES = {
+    "tests/oracle/": "LoRA oracle cases equal",
+    "tests/methods/": "PEFT method cases equal",
+    "tests/architectures/": "model types equal to PEFT",
+}
 """What the cases of a folder are; a test's case is what stands before the `@` in its parameters."""
 UNBUILT = "test_what_is_left_out_cannot_be_built"
 

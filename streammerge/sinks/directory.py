@@ -78,10 +78,17 @@ class OutputDirectory:
 
     def runs(self) -> dict[Path, dict[str, Any]]:
         """The folders of unfinished runs, and what each of them wrote down of itself."""
+        return {folder: run for folder in self._folders() if (run := read_run(folder)) is not None}
+
+    def _folders(self) -> list[Path]:
+        """The folders of runs, whether their records can be read or not."""
         if not io.is_dir(self.staging):
-            return {}
-        folders = [self.staging / name for name in io.list_dir(self.staging)]
-        return {folder: run for folder in folders if io.is_dir(folder) and (run := read_run(folder)) is not None}
+            return []
+        return [folder for name in io.list_dir(self.staging) if io.is_dir(folder := self.staging / name)]
+
+    def _unreadable(self) -> set[str]:
+        """The names of folders whose record somebody has damaged: we write it in one step."""
+        return {folder.name for folder in self._folders() if io.exists(folder / RUN)} - {f.name for f in self.runs()}
 
     def reclaimable(self) -> int:
         """Bytes of the result or the unfinished run that a run in its place removes or goes on with."""
@@ -155,6 +162,8 @@ class OutputDirectory:
         differing = [(told_apart(other, identity), *rest) for other, *rest in others]
         if "base_files" in own and own["base_files"] != identity.get("base_files"):
             differing.append((changed_files(own, identity), "an unfinished run", "put back what was there"))
+        if self._unreadable() - {fingerprint[:FOLDER_DIGITS]}:
+            differing.append(("merge, whose record cannot be read", "an unfinished run", "put the record back"))
         if differing and not overwrite:
             difference, what, advice = differing[0]
             raise OutputExistsError(
@@ -229,8 +238,7 @@ class OutputDirectory:
     def _refuse_others(self, *, own: bool) -> None:
         """Raise OutputExistsError if another merge has begun here, or has removed what says that this one did (`own`).
         It cannot where locks work, and removes our folder before anything else where they do not."""
-        folders = {self.staging / name for name in io.list_dir(self.staging)} if io.exists(self.staging) else set()
-        runs = {folder for folder in folders if io.exists(folder / RUN)}
+        runs = {folder for folder in self._folders() if io.exists(folder / RUN)}
         if runs - {self.run} or (own and self.run not in runs):
             hint = "let the other one finish, or run the same command again"
             raise OutputExistsError(f"another run has taken over `{self.path}`", hint)
@@ -268,7 +276,7 @@ class OutputDirectory:
         for name in reversed(LATE):
             io.remove(self.path / name)
         io.sync_dir(self.path)
-        for folder in self.runs():  # first: who still works in one can publish nothing more
+        for folder in self._folders():  # first: who still works in one can publish nothing more
             _empty(folder, but=RUN if folder == self.run else None)
         self._remove_files(files)
         io.remove(self.path / INPUTS)

@@ -32,8 +32,8 @@ ROWS = (
     Row(
         "fuzzed parsers",
         "fuzz",
-        Form("FOLDER --cases 1000000 --step 4", {"points": 1_000_000}),
-        Form("FOLDER --cases 50000000", {"points": 50_000_000}),
+        Form("FOLDER --cases 1000000 --size 3000000 --step 12", {"points": 1_000_000}),
+        Form("FOLDER --cases 50000000 --size 3000000 --size 29000000 --size 95000000", {"points": 50_000_000}),
     ),
     Row(
         "kills at every operation",
@@ -71,14 +71,32 @@ ROWS = (
         Form("FOLDER --points 10", {"points": 10}),
         Form("FOLDER --points 150", {"points": 150}),
     ),
-    Row("malicious inputs", "hostile", Form("FOLDER --step 3", {"points": 34}), Form("FOLDER", {"points": 100})),
+    Row(
+        "little memory",
+        "memory_limit",
+        Form("FOLDER --size 380MB --limit 360MB", {"points": 3}),
+        Form("FOLDER --size 1GB --limit 640MB --kills 5", {"points": 7}),
+    ),
+    Row("broken protocols", "mutants", Form("FOLDER", {"points": 10}), Form("FOLDER --all", {"points": 10})),
+    Row(
+        "merges and faults at random",
+        "properties",
+        Form("FOLDER --pairs 40 --runs 3 --steps 10", {"pairs": 40}),
+        Form("FOLDER --pairs 2000 --runs 200 --steps 50", {"pairs": 2_000, "runs": 200}),
+    ),
+    Row("malicious inputs", "hostile", Form("FOLDER --step 6", {"points": 50}), Form("FOLDER", {"points": 100})),
     Row(
         "flipped bits",
         "bit_flips",
         Form("FOLDER --flips 60 --seed 1", {"points": 60}),
         Form("FOLDER --flips 1000 --seed 2", {"points": 1_000}),
     ),
-    Row("signals", "signals", Form("FOLDER --times 4", {"points": 4}), Form("FOLDER --times 100", {"points": 100})),
+    Row(
+        "signals",
+        "signals",
+        Form("FOLDER --times 4", {"points": 4}),
+        Form("FOLDER --times 100 --layers 5", {"points": 100}),
+    ),
     Row("races", "races", Form("FOLDER --times 8", {"points": 8}), Form("FOLDER --times 200", {"points": 200})),
     Row(
         "races without locks",

@@ -30,6 +30,7 @@ import xxhash
 import streammerge
 from streammerge.core import io
 from tests.campaigns.kills import child
+from tests.campaigns.listening import listen
 from tests.refusals.making import BASE_CONFIG, INDEX, MARKER, STAGING, Stored, factors, make_adapter, make_base, normal
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -225,6 +226,7 @@ def handles(pid: int) -> bool:
 
 def main() -> None:
     """Run as many points as the command line says."""
+    listen()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--times", type=int, default=100)

@@ -301,3 +301,19 @@ def test_what_a_close_says_is_of_no_consequence_but_a_descriptor_that_is_not_our
         io.close(fd)
     with pytest.raises(OSError, match="Bad file descriptor"):
         io.close(fd)
+
+
+def test_a_run_whose_record_was_cut_short_is_replaced_by_another_merge_that_is_told_to(
+    tmp_path: Path, out: Path
+) -> None:
+    base, adapter = interrupted(tmp_path, out)
+    record = next((out / STAGING).rglob(RUN))
+    record.write_bytes(record.read_bytes()[:-20])
+    command = ("run", base, adapter, "-o", out, "--dtype", "float32")
+    assert (refusal := call(*command)).code == 5
+    assert "holds an unfinished run of another merge" in refusal.err
+    assert "whose record cannot be read" in refusal.err
+    outcome = call(*command, "--overwrite")
+    assert outcome.code == 0, outcome.err
+    assert call("run", base, adapter, "-o", tmp_path / "healthy", "--dtype", "float32").code == 0
+    assert tree_digest(out) == tree_digest(tmp_path / "healthy")
