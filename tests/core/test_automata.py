@@ -32,7 +32,7 @@ def test_what_is_taken_matches_as_python_has_it(pattern: str, texts: list[str]) 
         try:
             python = re.compile(pattern)
         except re.error:
-            with pytest.raises(NoPatternError):
+            with pytest.raises(PatternError):
                 Automaton(pattern, steps())
             return
     try:
