@@ -34,8 +34,8 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatus:
-    """One adapted module: rank, alpha, scaling, Frobenius norm of its delta (None where it depends on W), whether it is
-    zero, and `keys`, its tensors in the adapter. With a base: the parameter's `canonical` name in the model, the rule
+    """One adapted module: rank, alpha, scaling, Frobenius norm of its delta (None where factors do not tell it), whether
+    it is zero, and `keys`, its tensors in the adapter. With a base: the parameter's `canonical` name in the model, the rule
     that found it, and every place that changes; or the `problem` that it has none."""
 
     module: str

@@ -179,7 +179,8 @@ def _tensor_row(tensor: OutputTensor, plan: MergePlan) -> list[str]:
     if not norms:
         norm = "replaced"
     elif None in norms:
-        norm = "depends on W"
+        additive = all(FORMULAS[operation.formula].additive for operation in tensor.operations)
+        norm = "told by the run" if additive else "depends on W"
     else:
         norm = f"{sum(n * n for n in norms if n) ** 0.5:.4g}"
     shape = "x".join(map(str, tensor.shape))

@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from streammerge.core.errors import ConfigContradictionError, NonFiniteError, NotMergeableError, UnknownFieldError
+from streammerge.core.errors import (
+    ConfigContradictionError,
+    NonFiniteError,
+    NotMergeableError,
+    UnknownFieldError,
+    UsageError,
+)
+from streammerge.core.text import printable
 from streammerge.methods.patterns import Patterns
 
 READ = frozenset(
@@ -90,12 +97,12 @@ def parse_version(value: object) -> tuple[int, ...] | None:
 def with_version(raw: Mapping[str, Any], said: str) -> Mapping[str, Any]:
     """The config with the version that the user says wrote it, `auto` for nothing said.
 
-    Raises ConfigContradictionError for what is no version, and where the config names another one.
+    Raises UsageError for what is no version, ConfigContradictionError where the config names another one.
     """
     if said == "auto":
         return raw
     if parse_version(said) is None:
-        raise ConfigContradictionError((said,), f"`--peft-version {said}` is not a version such as 0.15.2")
+        raise UsageError(f"`--peft-version {printable(said)}` is not a version such as 0.15.2")
     own = raw.get("peft_version")
     if own is not None and parse_version(own) != parse_version(said):
         raise ConfigContradictionError((said,), f"the config says `peft_version` {own}, `--peft-version` says {said}")

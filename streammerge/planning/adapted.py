@@ -53,7 +53,7 @@ class Target:
 class AdaptedModule:
     """What one module of an adapter does: the adapter tensors it takes (`keys`), the parameter's name in the model, the
     rules that found it (a bias may have its own), the formulas, and every place. `norm` is the Frobenius norm of its
-    delta, None where that depends on W."""
+    delta, None where the factors do not tell it."""
 
     adapter: int
     module: str

@@ -52,7 +52,8 @@ class OutputShard:
 
 @dataclass(frozen=True, slots=True)
 class OperationFacts:
-    """What the factors' values say of one operation: the Frobenius norm of its delta, None where that depends on W."""
+    """What the factors' values say of one operation: the Frobenius norm of its delta, None where they do not tell
+    it."""
 
     norm: float | None
     zero: bool
