@@ -34,9 +34,9 @@ ATTEMPTS = 8
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatus:
-    """One adapted module: rank, alpha, scaling, Frobenius norm of its delta (None where factors do not tell it), whether
-    it is zero, and `keys`, its tensors in the adapter. With a base: the parameter's `canonical` name in the model, the rule
-    that found it, and every place that changes; or the `problem` that it has none."""
+    """One adapted module: rank, alpha, scaling, Frobenius norm of its delta (None where the factors do not tell it),
+    whether it is zero, and `keys`, its tensors in the adapter. With a base: the parameter's `canonical` name in the
+    model, the rule that found it, and every place that changes; or the `problem` that it has none."""
 
     module: str
     kind: str
