@@ -48,8 +48,9 @@ class Found:
 
     @property
     def figures(self) -> str:
-        """The campaign's own figures."""
-        return ", ".join(f"{name} {_short(value)}" for name, value in self.said.items() if name not in ABOUT)
+        """The campaign's own figures, those that are a number or a word."""
+        own = {name: value for name, value in self.said.items() if name not in ABOUT}
+        return ", ".join(f"{name} {_short(v)}" for name, v in own.items() if not isinstance(v, dict | list))
 
 
 def _short(value: object) -> str:
