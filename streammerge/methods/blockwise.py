@@ -7,6 +7,7 @@ place remembers which outputs and inputs it holds, and the factors stay whole.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from streammerge.core.lines import Lines
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Blockwise(AdditiveFormula):
+class Blockwise(AdditiveFormula, ABC):
     """Defaults for formulas whose delta is known element by element. What is left to say is `block`, and `memory`."""
 
     windowed = True
 
+    @abstractmethod
     def block(self, operation: Operation, outs: Tensor, ins: Tensor, factors: Factors) -> Tensor:
         """The delta (O, I) in the arithmetic's dtype at outputs `outs` (O) and inputs `ins` (I), int64; what is
         returned may be written to. The operation's `scaling` is the caller's."""
-        raise NotImplementedError
 
     def cut(self, operation: Operation, cut: Cut) -> CutOperation:
         """Any part will do: the window says which it is."""

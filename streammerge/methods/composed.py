@@ -7,6 +7,7 @@ other one for the rows at hand; that the weight be transposed, or a part of a fu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,20 +26,20 @@ Side = Callable[[Operation, "Tensor", Factors], "Tensor"]
 """Makes one of the two matrices, for some positions."""
 
 
-class Composed(Blockwise):
+class Composed(Blockwise, ABC):
     """Defaults for formulas `W + scaling * left @ right`. What is left to say is `rank`, `left` and `right`."""
 
+    @abstractmethod
     def rank(self, operation: Operation) -> int:
         """Columns of the left matrix, rows of the right one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def left(self, operation: Operation, outs: Tensor, factors: Factors) -> Tensor:
         """Rows (O, K) of the left matrix at outputs `outs` (O), int64, in the arithmetic's dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def right(self, operation: Operation, ins: Tensor, factors: Factors) -> Tensor:
         """Columns (K, I) of the right matrix at inputs `ins` (I), int64, in the arithmetic's dtype."""
-        raise NotImplementedError
 
     def block(self, operation: Operation, outs: Tensor, ins: Tensor, factors: Factors) -> Tensor:
         """The product."""

@@ -6,6 +6,7 @@ and documents follow from what is declared here.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ def slots(required: str, optional: str = "") -> Slots:
     return frozenset(required.split()), frozenset(optional.split())
 
 
-class Method:
+class Method(ABC):
     """One PEFT type. What a subclass does not say has the usual value."""
 
     title: ClassVar[str]
@@ -76,6 +77,6 @@ class Method:
         """The module's slots that change nothing in this base, each with the rule that says so."""
         return {}
 
+    @abstractmethod
     def effects(self, module: Module) -> Iterator[Effect]:
         """What the module's factors do."""
-        raise NotImplementedError

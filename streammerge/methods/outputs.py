@@ -7,6 +7,7 @@ says what memory that takes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.lines import Lines
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class OutputGroups(Rotation):
+class OutputGroups(Rotation, ABC):
     """Defaults for formulas that act on groups of outputs of each input alike. What is left to say is `group` and
     `turned`, which gets whole groups (O, T), the last of which may be cut off by the end of the outputs."""
 
+    @abstractmethod
     def group(self, operation: Operation) -> int:
         """How many outputs belong together, counted from the first one of the module."""
-        raise NotImplementedError
 
     def rows_together(self, operation: Operation) -> int:
         """A group, where outputs are stored rows that a tile is to hold whole groups of."""

@@ -6,6 +6,7 @@ first pass: over all stored rows where outputs are rows, and where they are colu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.tensors import Operation
@@ -21,26 +22,26 @@ KEPT = 4
 """Sums of whole matrices that are kept for the workers at a time (`compute/produce.py`)."""
 
 
-class Probing(AbsoluteFormula):
+class Probing(AbsoluteFormula, ABC):
     """Defaults for such formulas. What is left to say is `rank`, `probe`, `spread` and `answer`."""
 
     windowed = True
 
+    @abstractmethod
     def rank(self, operation: Operation) -> int:
         """K, the number of probes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def probe(self, operation: Operation, factors: Factors) -> Tensor:
         """(O, K), for all outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self, operation: Operation, factors: Factors) -> Tensor:
         """(O, K), for all outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, operation: Operation, probed_KI: Tensor, ins: Tensor, factors: Factors) -> Tensor:
         """(K, I) for inputs `ins` (I, int64) with those sums."""
-        raise NotImplementedError
 
     def locality(self, operation: Operation) -> Locality:
         """Columns, or rows where the weight is stored (in, out)."""

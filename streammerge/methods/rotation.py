@@ -6,6 +6,7 @@ out), or its rows are longer than a tile, the whole matrix is turned at once, an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from streammerge.core.tensors import Operation
@@ -23,14 +24,14 @@ COPIES = 4
 """Matrices alive while a whole one is turned."""
 
 
-class Rotation(AbsoluteFormula):
+class Rotation(AbsoluteFormula, ABC):
     """Defaults for formulas that act on the inputs of each output alike. What is left to say is `turned`."""
 
     windowed = True
 
+    @abstractmethod
     def turned(self, operation: Operation, weight_TI: Tensor, outs: Tensor, factors: Factors) -> Tensor:
         """New values (T, I) of outputs `outs` (T, int64) of the module, all inputs of each."""
-        raise NotImplementedError
 
     def locality(self, operation: Operation) -> Locality:
         """Whole rows where those are outputs, else the whole matrix."""
