@@ -34,7 +34,7 @@ def lock(path: str | os.PathLike[str]) -> Lock | None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno == errno.EWOULDBLOCK:
                 io.close(fd)
                 return None
             return Lock(fd, alone=False)

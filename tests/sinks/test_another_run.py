@@ -317,3 +317,17 @@ def test_a_run_whose_record_was_cut_short_is_replaced_by_another_merge_that_is_t
     assert outcome.code == 0, outcome.err
     assert call("run", base, adapter, "-o", tmp_path / "healthy", "--dtype", "float32").code == 0
     assert tree_digest(out) == tree_digest(tmp_path / "healthy")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOLCK, errno.EIO])
+def test_a_file_system_that_gives_no_lock_is_not_taken_for_another_run(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    base, adapter = inputs_at(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    outcome = call("run", base, adapter, "-o", out)
+    assert outcome.code == 0, outcome.err
