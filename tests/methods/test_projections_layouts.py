@@ -17,7 +17,10 @@ from tests.methods.test_turning_layouts import merged_by_peft, parts_of
 
 UNSAVED = {"save_projection": False}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "adalora": ("AdaLoraConfig", {"init_r": 3, "target_r": 3, "total_step": 9}),
     "loha": ("LoHaConfig", {"r": 3, "alpha": 5}),
+    "lokr": ("LoKrConfig", {"r": 3, "alpha": 5}),
+    "pvera": ("PveraConfig", {"r": 4}),
     "vera": ("VeraConfig", {"r": 4}),
     "vera-drawn": ("VeraConfig", {"r": 4, **UNSAVED}),
     "vblora": ("VBLoRAConfig", {"r": 2, "num_vectors": 9, "vector_length": 4}),
