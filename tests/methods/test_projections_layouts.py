@@ -18,6 +18,7 @@ from tests.methods.test_turning_layouts import merged_by_peft, parts_of
 UNSAVED = {"save_projection": False}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "adalora": ("AdaLoraConfig", {"init_r": 3, "target_r": 3, "total_step": 9}),
+    "ia3": ("IA3Config", {"feedforward_modules": ".*"}),  # of inputs: that of outputs changes biases too
     "loha": ("LoHaConfig", {"r": 3, "alpha": 5}),
     "lokr": ("LoKrConfig", {"r": 3, "alpha": 5}),
     "pvera": ("PveraConfig", {"r": 4}),

@@ -19,7 +19,8 @@ from streammerge.methods.fields import Known
 from streammerge.methods.lowrank import FLOAT64
 from streammerge.methods.method import Method, slots
 from streammerge.methods.module import Effect, Module
-from streammerge.names.pieces import Cut
+from streammerge.methods.parts import ModuleFactors
+from streammerge.names.pieces import Cut, Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,15 @@ class Ia3(Method):
     formulas = MappingProxyType({"ia3": Scaled()})
     layers = "Linear, Conv1D, Conv2d, Conv3d"
     local = "the same elements"
+
+    def shape(self, module: ModuleFactors) -> Sizes | None:
+        """(out, in), of which a linear layer's vector tells one: it stands upright for outputs and lies for inputs."""
+        match module.slots["ia3_l"].shape:
+            case (size, 1):
+                return size, None
+            case (1, size):
+                return None, size
+        return None
 
     def effects(self, module: Module) -> Iterator[Effect]:
         """The weight, and the bias with it where outputs are scaled."""
