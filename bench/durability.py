@@ -1,16 +1,18 @@
-"""What it costs that an output is durable and checked: `streammerge run` as it is, and without all of that.
+"""What it costs that an output is durable and checked: `streammerge run` as it is, and without parts of that.
 
     python bench/durability.py --dir DIR
 
-runs both in turn on the same base and adapter, the files of both dropped from the page cache before each run: the
-command with its defaults, and `unprotected.py`, which syncs nothing, digests nothing and checks nothing. The time is
-that of the process alone. The figures are medians; the cost is the median of the ratios of runs of the same round, so
-that a disk which is not as fast now as it was a minute ago counts for both.
+runs three commands in turn on the same base and adapter, the files of all dropped from the page cache before each run:
+`checked` is the command with its defaults, `protected` leaves out the check after the run, `unprotected` (by
+`unprotected.py`) also syncs and digests nothing. The time is that of the process alone. Costs are ratios of medians,
+and medians of the ratios of runs of the same round, so that a disk which is slower now than it was a minute ago counts
+for both.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,39 +23,56 @@ from measure import STREAMMERGE, compile_package, evict, median, parser_of, run,
 from results import RESULTS, Entry, about, load, origins, store, write_section
 
 WAYS: Mapping[str, Sequence[str]] = {
-    "protected": (*STREAMMERGE, "run"),
+    "checked": (*STREAMMERGE, "run"),
+    "protected": (*STREAMMERGE, "run", "--no-verify"),
     "unprotected": (sys.executable, str(Path(__file__).parent / "unprotected.py")),
 }
 
 
 def measure(base: Base, rank: int, rounds: int, directory: Path, results: Path) -> None:
-    """All rounds on one base, stored after each; every other round begins with the other way."""
+    """All rounds on one base, stored after each; the order within a round is drawn."""
     root, adapter = base.build(directory, rank)
     output = directory / "output"
-    entry = about() | {"base": base.name, "bytes": size_of(root), "rank": rank, "rounds": []}
+    entry = about() | {"base": base.name, "bytes": size_of(root), "rank": rank, "rounds": [], "cpu": []}
     for number in range(rounds):
         seconds: dict[str, float] = {}
-        for name in list(WAYS)[:: 1 if number % 2 else -1]:
+        cpu: dict[str, float] = {}
+        for name in random.sample(list(WAYS), len(WAYS)):
             shutil.rmtree(output, ignore_errors=True)
             os.sync()
             evict([directory / base.name])
             used = run([*WAYS[name], root, adapter, "-o", output])
-            seconds[name] = used.seconds
+            seconds[name], cpu[name] = used.seconds, used.cpu_seconds
             print(
                 f"{base.name:12} round {number + 1} {name:12} {used.seconds:6.2f} s {used.cpu_seconds:6.2f} CPU s",
                 flush=True,
             )
         entry["rounds"].append(seconds)
+        entry["cpu"].append(cpu)
         store(results / "durability.json", entry)
     shutil.rmtree(output, ignore_errors=True)
 
 
+def cost(rounds: Sequence[Mapping[str, float]], more: str, less: str) -> str:
+    """What one way took beyond another: of the medians, and of the rounds."""
+    whole = median([one[more] for one in rounds]) / median([one[less] for one in rounds])
+    ratios = [one[more] / one[less] for one in rounds]
+    return f"{whole - 1:+.1%} of the medians, {median(ratios) - 1:+.1%} as the median of {len(rounds)} rounds"
+
+
 def verdict(entry: Entry) -> str:
-    """One line on a base: both medians, and what the protection costs."""
-    with_it, without = (median([one[name] for one in entry["rounds"]]) for name in WAYS)
-    ratios = [one["protected"] / one["unprotected"] for one in entry["rounds"]]
-    cost = f"{median(ratios) - 1:+.1%} (rounds from {min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})"
-    return f"{entry['base']}, r={entry['rank']}: {with_it:.2f} s, without it {without:.2f} s: {cost}"
+    """All medians of a base, and what each protection costs."""
+    rounds = entry["rounds"]
+    times = ", ".join(
+        f"{name} {median([one[name] for one in rounds]):.2f} s"
+        f" ({median([one[name] for one in entry['cpu']]):.2f} CPU s)"
+        for name in WAYS
+    )
+    return (
+        f"{entry['base']}, r={entry['rank']}: {times}\n"
+        f"  - sync and digests: {cost(rounds, 'protected', 'unprotected')}\n"
+        f"  - the check after the run: {cost(rounds, 'checked', 'protected')}"
+    )
 
 
 def write_durability(results: Path) -> None:

@@ -1,4 +1,4 @@
-"""`streammerge run` without what makes it durable and checked: no sync, no digests of blocks, no check after the run.
+"""`streammerge run --no-verify` without what makes it durable and checked: no sync, no digests of blocks.
 
     python bench/unprotected.py BASE ADAPTER -o OUT
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from streammerge.compute.devices import device_of
 from streammerge.core import io, strict_json
-from streammerge.core.digests import block_count, block_digest, block_range
+from streammerge.core.digests import block_count, block_digest, block_range, sealed
 from streammerge.core.errors import (
     AdapterError,
     InputMissingError,
@@ -26,7 +26,7 @@ from streammerge.core.errors import (
 from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
-from streammerge.report import Report, WrittenFile, document_of, origin_of, sealed
+from streammerge.report import Report, WrittenFile, document_of, origin_of
 from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
 from streammerge.sinks.hashes import SUMS, FileHashes, sums_of
 from streammerge.sinks.journal import read_journal

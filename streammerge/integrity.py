@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.core import io, strict_json
-from streammerge.core.digests import block_count, block_digest, block_range
+from streammerge.core.digests import block_count, block_digest, block_range, is_sealed
 from streammerge.core.errors import (
     InputError,
     InputMissingError,
@@ -28,7 +28,7 @@ from streammerge.formats.filenames import SAFETENSORS_INDEX, is_beside_a_checkpo
 from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
 from streammerge.planning.memory import PIECE
-from streammerge.report import is_sealed, malformed_part
+from streammerge.report import malformed_part
 from streammerge.sinks.directory import INPUTS, MARKER, STAGING
 from streammerge.stream import Event, Progress, silent
 

@@ -13,11 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from streammerge.compute.tile import TileStats
-from streammerge.core import strict_json
-from streammerge.core.digests import file_digest
+from streammerge.core.digests import file_digest, sealed
 from streammerge.core.options import Options
 from streammerge.core.tensors import Operation, OutputTensor, Stored
 from streammerge.planning.model import MergePlan
@@ -167,23 +164,6 @@ def document_of(
         "code": list(plan.code),
     }
     return sealed(document)
-
-
-def own_digest(document: Mapping[str, Any]) -> str:
-    """The digest of a report without the digest in it."""
-    rest = {name: value for name, value in document.items() if name != "digest"}
-    return xxhash.xxh3_128(strict_json.dumps(rest)).hexdigest()
-
-
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A document with its own digest in it."""
-    return {**document, "digest": own_digest(document)}
-
-
-def is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
-    """Whether a sealed document is what was written, to the byte: values that are written in another way (`1E-05`,
-    `\\u0041`) would have the same digest."""
-    return document.get("digest") == own_digest(document) and data == strict_json.dumps(document)
 
 
 def malformed_part(document: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,5 @@
-"""Digests of files: xxh3-128 of each block, and of the blocks' digests for the whole file.
+"""Digests of files: xxh3-128 of each block, and of the blocks' digests for the whole file; and of JSON documents that
+carry their own.
 
 Blocks are fixed ranges of a file, so that they can be hashed by whoever writes them, in any order, and checked one by
 one. Not against attackers: `--sha256` is for those.
@@ -6,9 +7,12 @@ one. Not against attackers: `--sha256` is for those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import xxhash
+
+from streammerge.core import strict_json
 
 BLOCK = 64 * 2**20
 """Bytes of a block: large enough that a 140 GB output has about two thousand, small enough to be one unit of work."""
@@ -40,3 +44,20 @@ def block_digest(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
 def file_digest(blocks: Sequence[str]) -> str:
     """The digest of a file from those of its blocks."""
     return xxhash.xxh3_128("".join(blocks).encode()).hexdigest()
+
+
+def own_digest(document: Mapping[str, Any]) -> str:
+    """The digest of a document without the digest in it."""
+    rest = {name: value for name, value in document.items() if name != "digest"}
+    return xxhash.xxh3_128(strict_json.dumps(rest)).hexdigest()
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document with its own digest in it."""
+    return {**document, "digest": own_digest(document)}
+
+
+def is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
+    """Whether a sealed document is what was written, to the byte: values that are written in another way (`1E-05`,
+    `\\u0041`) would have the same digest."""
+    return document.get("digest") == own_digest(document) and data == strict_json.dumps(document)

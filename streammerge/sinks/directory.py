@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.core import io, strict_json
+from streammerge.core.digests import sealed
 from streammerge.core.errors import OutputExistsError, StreamMergeError
 from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
@@ -70,7 +71,7 @@ class OutputDirectory:
             return State.EMPTY
         if io.exists(self.path / MARKER):
             return State.FINISHED
-        if self.runs():
+        if self.runs() or self._unreadable():
             return State.UNFINISHED
         names = io.list_tree(self.path) if io.is_dir(self.path) else [self.path.name]
         # A run that was killed before it wrote down its plan leaves a temporary file in the staging area, at most.
@@ -86,9 +87,11 @@ class OutputDirectory:
             return []
         return [folder for name in io.list_dir(self.staging) if io.is_dir(folder := self.staging / name)]
 
-    def _unreadable(self) -> set[str]:
-        """The names of folders whose record somebody has damaged: we write it in one step."""
-        return {folder.name for folder in self._folders() if io.exists(folder / RUN)} - {f.name for f in self.runs()}
+    def _unreadable(self) -> set[Path]:
+        """The folders whose record somebody has damaged: we write it in one step."""
+        there = [folder for folder in self._folders() if io.exists(folder / RUN)]
+        # Looked for again, as another run may have removed it between the first look and the reading.
+        return {folder for folder in there if read_run(folder) is None and io.exists(folder / RUN)}
 
     def reclaimable(self) -> int:
         """Bytes of the result or the unfinished run that a run in its place removes or goes on with."""
@@ -117,29 +120,29 @@ class OutputDirectory:
         the names that a report gives it; `files` is everything the run will write. Raises OutputExistsError for
         anything that is not ours to touch.
         """
-        found = self._look(identity, overwrite=overwrite)
+        self.run = self.staging / str(identity["fingerprint"])[:FOLDER_DIGITS]
+        found = self._look(identity, files, overwrite=overwrite)
         if not found.complete:
             self._take_lock()
-            found = self._look(identity, overwrite=overwrite)  # another run may have ended since
+            found = self._look(identity, files, overwrite=overwrite)  # another run may have ended since
         if found.complete:
             self._clear_staging()
             return False
-        self.run = self.staging / str(identity["fingerprint"])[:FOLDER_DIGITS]
         io.make_dirs(self.run)
         # Written down before anything is removed: whenever this is cut short, the next run knows what is ours, and
         # whether it has to begin with the removal.
         record = {**identity, "files": sorted({*found.files, *files}), "replaces": found.replaces}
-        self.put(RUN, strict_json.dumps(record), into=self.run)
+        self.put(RUN, strict_json.dumps(sealed(record)), into=self.run)
         if found.replaces:
             self._remove(found.files)
-            self.put(RUN, strict_json.dumps({**record, "replaces": False}), into=self.run)
-        return not self._look_back(identity, begun=found.begun).complete
+            self.put(RUN, strict_json.dumps(sealed({**record, "replaces": False})), into=self.run)
+        return not self._look_back(identity, files, begun=found.begun).complete
 
-    def _look_back(self, identity: Mapping[str, Any], *, begun: bool) -> _Found:
+    def _look_back(self, identity: Mapping[str, Any], files: Sequence[str], *, begun: bool) -> _Found:
         """Look again when the run is written down: where there are no locks, another one may have come in between. Of
         two different merges that begin at once, each sees the other, unless the other has already seen it and gone."""
         try:
-            found = self._look(identity, overwrite=False)
+            found = self._look(identity, files, overwrite=False)
         except OutputExistsError:
             if not begun:
                 _empty(self.run)
@@ -148,9 +151,9 @@ class OutputDirectory:
             self._clear_staging()
         return found
 
-    def _look(self, identity: Mapping[str, Any], *, overwrite: bool) -> _Found:
+    def _look(self, identity: Mapping[str, Any], wanted: Sequence[str], *, overwrite: bool) -> _Found:
         """What is there for a run to go on with or to replace. Raises OutputExistsError for what it may not."""
-        fingerprint = str(identity["fingerprint"])
+        fingerprint, damaged = str(identity["fingerprint"]), self._unreadable()
         runs = list(self.runs().values())
         finished = self.marker() if self.state() is State.FINISHED else None
         if finished and finished.get("fingerprint") == fingerprint and not overwrite:
@@ -162,7 +165,7 @@ class OutputDirectory:
         differing = [(told_apart(other, identity), *rest) for other, *rest in others]
         if "base_files" in own and own["base_files"] != identity.get("base_files"):
             differing.append((changed_files(own, identity), "an unfinished run", "put back what was there"))
-        if self._unreadable() - {fingerprint[:FOLDER_DIGITS]}:
+        if damaged - {self.run}:
             differing.append(("merge, whose record cannot be read", "an unfinished run", "put the record back"))
         if differing and not overwrite:
             difference, what, advice = differing[0]
@@ -171,9 +174,11 @@ class OutputDirectory:
                 f"it was made from another {difference}; {advice}, or give `--overwrite` to replace it",
             )
         results = [*runs, *([finished] if finished else [])]
-        files = sorted({name for result in results for name in files_of(result)})
-        self._refuse_foreign(files)
-        return _Found(files, replaces=bool(differing or own.get("replaces")), begun=bool(own))
+        # The folder has the name of this very merge: what it would have put there is its own, and is read before use.
+        files = {name for result in results for name in files_of(result)} | {*(wanted if self.run in damaged else ())}
+        self._refuse_foreign(files, damaged)
+        begun = bool(own) or self.run in damaged
+        return _Found(sorted(files), replaces=bool(differing or own.get("replaces")), begun=begun)
 
     def _take_lock(self) -> None:
         """Keep other processes out, which would do the work twice. Nothing but their time depends on it."""
@@ -193,9 +198,12 @@ class OutputDirectory:
             with contextlib.suppress(StreamMergeError):
                 io.remove_dir_if_empty(self.staging)
 
-    def _refuse_foreign(self, ours: Sequence[str]) -> None:
-        """Raise OutputExistsError, before anything is touched, if there is a file that no run of ours put there."""
+    def _refuse_foreign(self, ours: Collection[str], damaged: Collection[Path]) -> None:
+        """Raise OutputExistsError, before anything is touched, if there is a file that no run of ours put there; of a
+        run whose record is damaged, nobody knows what it did."""
         hint = "choose an `--output` that is empty or does not exist"
+        if damaged:
+            hint = f"the record `{min(damaged) / RUN}`, which told whose they are, cannot be read; {hint}"
         if io.exists(self.path) and not io.is_dir(self.path):
             raise OutputExistsError(f"the output `{self.path}` is not a directory", hint)
         known = {*ours, *LATE, INPUTS} if ours else set()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.core import io, strict_json
+from streammerge.core.digests import is_sealed
 from streammerge.core.errors import InputMissingError, MalformedInputError
 from streammerge.core.text import some_of
 
@@ -18,13 +19,14 @@ RUN = "run.json"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What a run wrote down of itself; None where it never came to that."""
+    """What a run wrote down of itself; None where it never came to that, or somebody has damaged it."""
     path = folder / RUN
     try:
-        run = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+        data = io.read_file(path, strict_json.MAX_BYTES)
+        run = strict_json.loads(data, str(path))
     except (InputMissingError, MalformedInputError):
         return None
-    return run if isinstance(run.get("fingerprint"), str) else None
+    return run if is_sealed(run, data) and isinstance(run.get("fingerprint"), str) else None
 
 
 def changed_files(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -90,7 +90,13 @@ ROWS = (
         Form("FOLDER --pairs 40 --runs 3 --steps 10", {"pairs": 40, "steps/killed": 1, "steps/refused": 1}),
         Form("FOLDER --pairs 2000 --runs 200 --steps 50", {"pairs": 2_000, "sequences": 200}),
     ),
-    Row("malicious inputs", "hostile", Form("FOLDER --step 6", {"points": 50}), Form("FOLDER", {"points": 100})),
+    Row(
+        "malicious inputs",
+        "hostile",
+        Form("FOLDER --step 6", {"points": 50}),
+        Form("FOLDER", {"points": 100}),
+        alone=True,
+    ),
     Row(
         "flipped bits",
         "bit_flips",

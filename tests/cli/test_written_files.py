@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streammerge.report import sealed
+from streammerge.core.digests import sealed
 from tests.refusals.making import (
     ALPHA,
     BASE_CONFIG,

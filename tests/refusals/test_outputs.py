@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.core import io
+from streammerge.core import io, strict_json
+from streammerge.core.digests import sealed
 from streammerge.core.errors import WriteError
 from tests.refusals.making import (
     BASE_CONFIG,
@@ -40,7 +41,7 @@ def unfinished(base: Path, adapter: Path, out: Path, *options: str) -> Path:
     files = [shard_name(0, 2), shard_name(1, 2), "generation_config.json"]
     run = out / STAGING / fingerprint[:16]
     run.mkdir(parents=True)
-    (run / "run.json").write_text(json.dumps({"fingerprint": fingerprint, "plan": "", "files": files}))
+    (run / "run.json").write_bytes(strict_json.dumps(sealed({"fingerprint": fingerprint, "plan": "", "files": files})))
     (run / f"{shard_name(1, 2)}.4711.part").write_bytes(b"half")
     shutil.copy(complete / shard_name(0, 2), out)
     return complete

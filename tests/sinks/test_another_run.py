@@ -319,6 +319,41 @@ def test_a_run_whose_record_was_cut_short_is_replaced_by_another_merge_that_is_t
     assert tree_digest(out) == tree_digest(tmp_path / "healthy")
 
 
+def published_and_damaged(tmp_path: Path, out: Path) -> tuple[Path, Path]:
+    """A run that was killed after it had published a shard, and of whose record one bit has changed since."""
+    base, adapter = interrupted(tmp_path, out)
+    run = next((out / STAGING).rglob(RUN)).parent
+    assert (run / FIRST_SHARD).exists()
+    (run / FIRST_SHARD).rename(out / FIRST_SHARD)
+    record = bytearray((run / RUN).read_bytes())
+    record[record.index(b"model-")] ^= 1
+    (run / RUN).write_bytes(record)
+    return base, adapter
+
+
+def test_a_run_whose_record_was_damaged_goes_on_with_what_it_has_published(tmp_path: Path, out: Path) -> None:
+    base, adapter = published_and_damaged(tmp_path, out)
+    assert "an unfinished run" in call("status", out).out
+    inode = (out / FIRST_SHARD).stat().st_ino
+    outcome = call("run", base, adapter, "-o", out)
+    assert outcome.code == 0, outcome.err
+    assert (out / FIRST_SHARD).stat().st_ino == inode
+    assert call("run", base, adapter, "-o", tmp_path / "healthy").code == 0
+    assert tree_digest(out) == tree_digest(tmp_path / "healthy")
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_another_merge_removes_nothing_that_only_a_damaged_record_told_to_be_ours(
+    tmp_path: Path, out: Path, options: tuple[str, ...]
+) -> None:
+    base, adapter = published_and_damaged(tmp_path, out)
+    before = tree_digest(out)
+    refusal = call("run", base, adapter, "-o", out, "--dtype", "float32", *options)
+    assert refusal.code == 5
+    assert RUN in refusal.err if options else "whose record cannot be read" in refusal.err
+    assert tree_digest(out) == before
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOLCK, errno.EIO])
 def test_a_file_system_that_gives_no_lock_is_not_taken_for_another_run(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: int

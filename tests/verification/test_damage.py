@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from streammerge.core import strict_json
-from streammerge.core.digests import block_digest, file_digest
-from streammerge.report import sealed
+from streammerge.core.digests import block_digest, file_digest, sealed
 from tests.refusals.making import (
     BASE_CONFIG,
     INDEX,

@@ -9,8 +9,8 @@ import pytest
 
 from streammerge import api
 from streammerge.core import io, strict_json
+from streammerge.core.digests import sealed
 from streammerge.core.errors import InputReadError
-from streammerge.report import sealed
 from streammerge.verification import sampled_blocks
 from tests.refusals.making import (
     call,
