@@ -11,17 +11,13 @@ loader would take; when there is room again, the same command finishes with the 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
-import json
 import os
 import random
 import resource
 import shutil
 import struct
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,9 +25,10 @@ from typing import Any
 
 from streammerge import api
 from streammerge.sinks.directory import INPUTS
-from tests.campaigns.kills import Killer, bytes_of, child, prepared
-from tests.campaigns.mounts import MIB, LoopDisk, Refused, bound, do, keep_mounts_private, memory_disk
-from tests.campaigns.watching import READS, WRITES, command, differing, problems_of, snapshot, warm_up
+from tests.campaigns.kills import Killer, bytes_of, child
+from tests.campaigns.mounted import run
+from tests.campaigns.mounts import MIB, LoopDisk, bound, do, memory_disk
+from tests.campaigns.watching import READS, WRITES, command, differing, problems_of, snapshot
 from tests.refusals.making import Outcome
 from tests.sinks.subjects import make_subject
 
@@ -233,24 +230,5 @@ def campaign(folder: Path, points: int, seed: int) -> dict[str, Any]:
     return {"points": disks.kinds.total(), "kinds": sorted(disks.kinds), "ended": ended, "wrong": disks.wrong}
 
 
-def main() -> None:
-    """Run as many points as the command line says."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--points", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    prepared()
-    warm_up(arguments.folder / "warm")
-    found: dict[str, Any] = {"campaign": "full_disk", "points": 0, "wrong": [], "kinds": []}
-    try:
-        keep_mounts_private()
-        found |= campaign(arguments.folder, arguments.points, arguments.seed)
-    except Refused as refused:
-        found["skipped"] = str(refused)
-    sys.stdout.write(json.dumps(found | {"seconds": round(time.monotonic() - began, 1)}))
-
-
 if __name__ == "__main__":
-    main()
+    run("full_disk", campaign, points=10)

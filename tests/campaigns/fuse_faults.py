@@ -10,23 +10,19 @@ finishes with the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import errno
-import json
 import random
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.campaigns.kills import bytes_of, prepared
-from tests.campaigns.mounts import Refused, keep_mounts_private
+from tests.campaigns.kills import bytes_of
+from tests.campaigns.mounted import run
 from tests.campaigns.passthrough import Control, Fault, served
-from tests.campaigns.watching import READS, WRITES, command, differing, problems_of, snapshot, warm_up
+from tests.campaigns.watching import READS, WRITES, command, differing, problems_of, snapshot
 from tests.refusals.making import STAGING, Outcome
 from tests.sinks.subjects import make_subject
 
@@ -183,24 +179,5 @@ def campaign(folder: Path, points: int, seed: int) -> dict[str, Any]:
     return {"points": tried, "kinds": sorted(kinds), "ended": ended, "wrong": faulty.wrong}
 
 
-def main() -> None:
-    """Run as many cases as the command line says."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--points", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    prepared()
-    warm_up(arguments.folder / "warm")
-    found: dict[str, Any] = {"campaign": "fuse_faults", "points": 0, "wrong": [], "kinds": []}
-    try:
-        keep_mounts_private()
-        found |= campaign(arguments.folder, arguments.points, arguments.seed)
-    except Refused as refused:
-        found["skipped"] = str(refused)
-    sys.stdout.write(json.dumps(found | {"seconds": round(time.monotonic() - began, 1)}))
-
-
 if __name__ == "__main__":
-    main()
+    run("fuse_faults", campaign, points=40)
