@@ -4,11 +4,13 @@ means.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 
 _CLONE_RANGE = 0x4020940D
 """ioctl FICLONERANGE: two files share blocks from now on."""
@@ -25,3 +27,18 @@ def fallocate(fd: int, size: int) -> None:
 def clone_range(source: int, source_offset: int, target: int, offset: int, size: int) -> None:
     """Let a range of one open file share the blocks of another's."""
     fcntl.ioctl(target, _CLONE_RANGE, struct.pack("qQQQ", source, source_offset, size, offset))
+
+
+@contextlib.contextmanager
+def stand_in(path: str, start: bytes, size: int) -> Iterator[str]:
+    """The path of a file in memory for one of `size` bytes that begins with `start`; its other bytes are zero and take
+    no room. For libraries that map what they open: where the disk under a mapping fails, the process ends. `path`
+    itself where the system has no such files."""
+    if not hasattr(os, "memfd_create") or not os.path.exists("/proc/self/fd"):
+        yield path
+        return
+    with os.fdopen(os.memfd_create("streammerge", os.MFD_CLOEXEC), "wb") as stream:
+        stream.write(start)
+        stream.truncate(size)
+        stream.flush()
+        yield f"/proc/self/fd/{stream.fileno()}"

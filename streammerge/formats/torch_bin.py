@@ -53,6 +53,8 @@ _ZIP_START = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _LOADER_SAYS = re.compile(r"WeightsUnpickler error: ([^\n]+)")
+_SYSTEM_SAYS = re.compile(r"unable to .*: ([^:]+) \(\d+\)")
+"""What torch says when a file cannot be opened or mapped, with the number of the error at the end."""
 
 
 def read_torch_bin(path: str | os.PathLike[str], file: str) -> tuple[TensorInfo, ...]:
@@ -116,10 +118,16 @@ def _check_record(fd: int, path: str, record: str, extent: tuple[int, int]) -> N
 
 def _directory(fd: int, path: str) -> tuple[list[zipfile.ZipInfo], int]:
     """The members of the archive and the offset of its directory, which lies behind all of them."""
+    parts: _InParts | None = None
     try:
-        with io.input_stream(fd, path) as stream, zipfile.ZipFile(_InParts(stream)) as archive:
-            infos, directory = archive.infolist(), archive.start_dir
+        with io.input_stream(fd, path) as stream:
+            parts = _InParts(stream)
+            with zipfile.ZipFile(parts) as archive:
+                infos, directory = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+        if parts and parts.failure:
+            with io.reading(path, "read"):
+                raise parts.failure from None
         advice = "the file looks truncated; download or save it again"
         raise MalformedInputError(path, f"its zip directory cannot be read: {error}", advice) from None
     # Bytes before the first member would shift every offset, by an amount that readers of zip files disagree on.
@@ -129,16 +137,22 @@ def _directory(fd: int, path: str) -> tuple[list[zipfile.ZipInfo], int]:
 
 
 class _InParts:
-    """A stream of which not too much is read at once: a zip directory says itself how long it is."""
+    """A stream of which not too much is read at once: a zip directory says itself how long it is. `failure` is what the
+    disk failed with, which zipfile takes for the end of a file that is no archive."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.seek, self.tell, self.seekable, self._read = stream.seek, stream.tell, stream.seekable, stream.read
+        self.failure: OSError | None = None
 
     def read(self, size: int = -1) -> bytes:
         """Raise BadZipFile for more than a directory may have."""
         if size > MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"it would have {size:,} bytes, at most {MAX_DIRECTORY:,} are read")
-        return self._read(size)
+        try:
+            return self._read(size)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def _data_offset(fd: int, path: str, info: zipfile.ZipInfo, directory: int) -> int:
@@ -172,6 +186,8 @@ def _load(path: str) -> object:
     except OSError as error:
         raise InputReadError(path, "map", error.strerror or str(error)) from error
     except Exception as error:  # a broken pickle can make the unpickler raise anything at all
+        if system := _SYSTEM_SAYS.search(str(error)):
+            raise InputReadError(path, "map", system[1]) from error
         reason = f"torch cannot read it ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         raise MalformedInputError(path, reason) from None
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from streammerge.core import io, paths, strict_json
 from streammerge.core.errors import InputMissingError, InputReadError, MalformedInputError
+from streammerge.core.syscalls import stand_in
 from streammerge.core.tensors import TensorInfo
 from streammerge.core.text import some_of
-from streammerge.formats.safetensors import read_header
+from streammerge.formats.safetensors import Header, read_header
 from streammerge.formats.torch_bin import read_torch_bin
 from streammerge.sources.checkpoint import LOCAL
 from streammerge.sources.files import TensorFiles
@@ -101,17 +102,18 @@ def _facts(root: Path, identity: str) -> AdapterFacts:
 def _read_tensors(path: Path, file: str) -> dict[str, TensorInfo]:
     if file == TORCH_BIN:
         return {info.name: info for info in read_torch_bin(path, file)}
-    tensors = {info.name: info for info in read_header(path, file).tensors}
-    _agree_with_library(path, tensors)
+    header = read_header(path, file)
+    tensors = {info.name: info for info in header.tensors}
+    _agree_with_library(path, header, tensors)
     return tensors
 
 
-def _agree_with_library(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def _agree_with_library(path: Path, header: Header, tensors: Mapping[str, TensorInfo]) -> None:
     from safetensors import SafetensorError, safe_open
 
+    size, theirs = header.data_start + sum(info.nbytes for info in header.tensors), {}
     try:
-        with safe_open(path, framework="np") as reader:
-            theirs = {}
+        with stand_in(str(path), header.raw, size) as opened, safe_open(opened, framework="np") as reader:
             for name in reader.keys():  # noqa: SIM118 (the reader is no mapping)
                 part = reader.get_slice(name)
                 theirs[name] = (part.get_dtype(), tuple(part.get_shape()))

@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from tests.campaigns.kills import bytes_of
 from tests.campaigns.mounted import run
 from tests.campaigns.passthrough import Control, Fault, served
@@ -85,6 +88,12 @@ def cases() -> Iterator[Case]:
     yield from (Case(*other) for other in OTHERS)
 
 
+def as_torch_saves_it(path: Path) -> None:
+    """The `.bin` file in place of an adapter's weights, which is read by another library."""
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
 class Faulty:
     """One merge between two file systems that fail."""
 
@@ -92,6 +101,7 @@ class Faulty:
         self.folder, self.out = folder, folder / "written" / "out"
         self.inputs, self.base = folder / "inputs", folder / "read" / "base"
         _, adapters = make_subject(self.inputs, "BF16")
+        as_torch_saves_it(adapters[-1] / "adapter_model.safetensors")
         self.kept = folder / "kept"
         shutil.copytree(self.inputs, self.kept)
         (folder / "output").mkdir()

@@ -211,7 +211,10 @@ class Order:
 
 def _named_in(path: str, name: str) -> Sequence[str]:
     """The files that an index or a report says are there."""
-    document = json.loads(Path(path).read_bytes())
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except OSError:  # a disk that is made to fail gives nothing back to us either
+        return []
     if name == INDEX:
         return sorted(set(document["weight_map"].values()))
     return sorted([*document["files"], *document["sidecars"]]) if name == MARKER else []

@@ -75,7 +75,7 @@ ROWS = (
         "faulty file systems",
         "fuse_faults",
         Form("FOLDER --points 10", {"points": 10, "ended/exit code 3": 1, "ended/exit code 7": 1}),
-        Form("FOLDER --points 150", {"points": 150}),
+        Form("FOLDER --points 260", {"points": 200}),
     ),
     Row(
         "little memory",
