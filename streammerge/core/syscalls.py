@@ -33,12 +33,13 @@ def clone_range(source: int, source_offset: int, target: int, offset: int, size:
 def stand_in(path: str, start: bytes, size: int) -> Iterator[str]:
     """The path of a file in memory for one of `size` bytes that begins with `start`; its other bytes are zero and take
     no room. For libraries that map what they open: where the disk under a mapping fails, the process ends. `path`
-    itself where the system has no such files."""
-    if not hasattr(os, "memfd_create") or not os.path.exists("/proc/self/fd"):
-        yield path
-        return
-    with os.fdopen(os.memfd_create("streammerge", os.MFD_CLOEXEC), "wb") as stream:
-        stream.write(start)
-        stream.truncate(size)
-        stream.flush()
-        yield f"/proc/self/fd/{stream.fileno()}"
+    itself where the system gives no such file."""
+    with contextlib.ExitStack() as stack:
+        opened = path
+        with contextlib.suppress(AttributeError, OSError):  # not Linux; no more descriptors, or a limit on files
+            stream = stack.enter_context(os.fdopen(os.memfd_create("streammerge", os.MFD_CLOEXEC), "wb"))
+            stream.write(start)
+            stream.truncate(size)
+            if os.path.exists(name := f"/proc/self/fd/{stream.fileno()}"):
+                opened = name
+        yield opened
