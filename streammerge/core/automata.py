@@ -92,12 +92,11 @@ class Automaton:
             now = following
             if not self._sets[now]:
                 return False
+        if not text:  # its end is its beginning, which a set that is met again elsewhere does not know
+            return _ACCEPT in self._closure(self._sets[now], self._begins | self._ends)
         finishes = self._finishes[now]
         if finishes is None:
-            passed = self._begins | self._ends if not text else self._ends
-            finishes = _ACCEPT in self._closure(self._sets[now], passed)
-            if text:
-                self._finishes[now] = finishes
+            finishes = self._finishes[now] = _ACCEPT in self._closure(self._sets[now], self._ends)
         return finishes
 
     def _advance(self, now: int, char: str, budget: Budget) -> int:

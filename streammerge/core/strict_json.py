@@ -32,6 +32,8 @@ FREE, FACTOR = 48 * 2**20, 15
 COSTS = ((b"{", 300), (b"[", 100), (b":", 150), (b",", 80))
 """Bytes that Python takes at most for what each of these stands for, measured with texts of little else; a tensor in a
 header takes 12 times its 110 bytes or more, an empty list 30 times its three."""
+WIDE = 40
+"""What a string takes more where not all of the text is ASCII: a longer head, and four bytes for a character."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 # Some thousand strings and what is between them: taking strings out of a text costs 160 bytes for each of them.
@@ -119,7 +121,8 @@ def _check_structure(data: bytes | memoryview, text: str, path: str) -> None:
         brackets = brackets.replace(b"[]", b"")
     if b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH:
         raise MalformedInputError(path, f"nested deeper than {MAX_DEPTH} levels")
-    needed = sys.getsizeof(text) + sum(outside.count(char) * cost for char, cost in COSTS)
+    wide = 0 if text.isascii() else WIDE * (outside.count(b",") + outside.count(b":"))
+    needed = sys.getsizeof(text) + wide + sum(outside.count(char) * cost for char, cost in COSTS)
     if needed > FREE + FACTOR * len(data):
         raise MalformedInputError(
             path, f"its {len(data):,} bytes hold so many values that reading them could take {size_text(needed)}"

@@ -153,11 +153,11 @@ def _without_prefix(path: list[str]) -> list[str]:
     start = 0
     while path[start : start + 1] and path[start] in _LEADS and start < len(path) - 1:
         start += 1
-    while path[start : start + 2] == _PEFT_PREFIX and start + 2 < len(path):
-        start += 2
     # Tensors shared by all modules hang on the tuner itself, one level above the wrapped model.
     if path[start : start + 1] == ["base_model"] and path[start + 1 : start + 2] and path[start + 1] in SLOTS:
-        start += 1
+        return path[start + 1 :]
+    while path[start : start + 2] == _PEFT_PREFIX and start + 2 < len(path):
+        start += 2
     return path[start:]
 
 

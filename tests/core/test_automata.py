@@ -82,3 +82,8 @@ def test_matching_ends_where_the_budget_does() -> None:
     automaton = Automaton("(.?){500}x", steps())
     with pytest.raises(PatternError, match="too many steps"):
         automaton.matches("a" * 400, steps(10_000))
+
+
+def test_an_empty_text_is_asked_anew_after_others() -> None:
+    automaton = Automaton(".*$^", steps())
+    assert [automaton.matches(text, steps()) for text in ("", "a", "")] == [True, False, True]

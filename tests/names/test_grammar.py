@@ -123,6 +123,7 @@ def test_copies_of_the_base_are_told_from_replacements(key: str, module: str) ->
     [
         ("base_model.vera_A", "", "vera_A", "vera"),
         ("base_model.vblora_vector_bank", "", "vblora_vector_bank", "vblora"),
+        ("base_model.model.base_model.vera_B", "base_model", "vera_B", "vera"),
         ("base_model.frod_V.q_proj", "", "frod_V.q_proj", "frod"),
         ("prompt_embeddings", "", "prompt_embeddings", "prompt_learning"),
         ("m.q.adamss_A.3", "m.q", "adamss_A.3", "adamss"),
