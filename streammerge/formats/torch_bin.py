@@ -53,8 +53,8 @@ _ZIP_START = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _LOADER_SAYS = re.compile(r"WeightsUnpickler error: ([^\n]+)")
-_SYSTEM_SAYS = re.compile(r"unable to .*: ([^:]+) \(\d+\)")
-"""What torch says when a file cannot be opened or mapped, with the number of the error at the end."""
+_SYSTEM_SAYS = re.compile(r"unable to .*: ([^:]+) \(\d+\)|(file read failed)")
+"""What torch says when a file cannot be opened or mapped, with the number of the error at the end, or be read."""
 
 
 def read_torch_bin(path: str | os.PathLike[str], file: str) -> tuple[TensorInfo, ...]:
@@ -187,7 +187,7 @@ def _load(path: str) -> object:
         raise InputReadError(path, "map", error.strerror or str(error)) from error
     except Exception as error:  # a broken pickle can make the unpickler raise anything at all
         if system := _SYSTEM_SAYS.search(str(error)):
-            raise InputReadError(path, "map", system[1]) from error
+            raise InputReadError(path, "map" if system[1] else "read", system[1] or system[2]) from error
         reason = f"torch cannot read it ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         raise MalformedInputError(path, reason) from None
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from streammerge.core import io, strict_json
 from streammerge.core.digests import sealed
-from streammerge.core.errors import OutputExistsError, StreamMergeError
+from streammerge.core.errors import InputReadError, OutputExistsError, StreamMergeError
 from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
 from streammerge.sinks.records import RUN, changed_files, files_of, read_run, told_apart
@@ -269,10 +269,13 @@ class OutputDirectory:
         self._clear_staging()
 
     def marker(self) -> dict[str, Any]:
-        """The report of the finished result. Raises OutputExistsError where it cannot be read."""
+        """The report of the finished result. Raises OutputExistsError where it is none, InputReadError where the system
+        does not give it back."""
         path = self.path / MARKER
         try:
             return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+        except InputReadError:
+            raise
         except StreamMergeError as error:
             raise OutputExistsError(
                 f"`{path}` is there and cannot be read: {error}", "choose another `--output`"

@@ -144,7 +144,7 @@ def campaign(folder: Path, size: str, limit: int, kills: int) -> dict[str, Any]:
         limited.whole("no limit", limited.ended(0))
     limited.killed("a limit that is too small", limited.ended(TOO_SMALL))
     for number in range(kills):
-        share = (number + 0.5) / kills
+        share = (number + 0.5) / (kills + 1)  # well before the end, which would come first
         limited.killed(f"crowded out at {share:.0%}", limited.crowded_out(share))
         limited.whole(f"after it was crowded out at {share:.0%}", limited.ended(limit))
     kinds = ["a memory cgroup smaller than a shard", "killed for memory (cgroup)", "killed when others took the memory"]

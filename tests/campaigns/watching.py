@@ -3,6 +3,7 @@ would take of an output."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import hashlib
 import os
@@ -59,6 +60,7 @@ def command(*arguments: object, before: Callable[[], object] = lambda: None) -> 
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
+                faulthandler.register(signal.SIGALRM, file=2, all_threads=True, chain=True)
                 signal.alarm(PATIENCE)
                 before()
                 ORDER.clear()
