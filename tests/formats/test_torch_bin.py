@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import errno
 import io as stdio
 import os
 import re
@@ -17,9 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from streammerge.core import io
 from streammerge.core.dtypes import BITS
-from streammerge.core.errors import InputMissingError, InputReadError, MalformedInputError, UnsafeInputError
+from streammerge.core.errors import InputMissingError, MalformedInputError, UnsafeInputError
 from streammerge.core.tensors import TensorInfo
 from streammerge.formats.torch_bin import DTYPES, _info, read_torch_bin
 
@@ -346,33 +343,6 @@ def test_every_truncation_is_an_error_of_ours(tmp_path: Path) -> None:
         path.write_bytes(data[:size])
         with pytest.raises(MalformedInputError):
             read_torch_bin(path, "m.bin")
-
-
-def test_a_directory_that_the_disk_does_not_give_back_is_not_called_truncated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save({"w": BASE}, path := tmp_path / "m.bin")
-
-    class Failing(stdio.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(io, "input_stream", lambda fd, _: contextlib.nullcontext(Failing(path.read_bytes())))
-    with pytest.raises(InputReadError, match=f"cannot read `{path}`: Input/output error"):
-        read_torch_bin(path, "m.bin")
-
-
-def test_a_file_that_torch_cannot_open_is_not_called_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"w": BASE}, path := tmp_path / "m.bin")
-
-    def load(file: str, **_: Any) -> Any:
-        """What torch does with every file, with one that somebody removes at that moment."""
-        Path(file).unlink()
-        return torch.UntypedStorage.from_file(file, False, 48)
-
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(InputReadError, match=f"cannot map `{path}`: No such file or directory"):
-        read_torch_bin(path, "m.bin")
 
 
 def test_a_missing_file_a_pipe_and_a_pointer_file_are_named(tmp_path: Path) -> None:
