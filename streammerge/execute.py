@@ -31,6 +31,7 @@ from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDir
 from streammerge.sinks.hashes import SUMS, FileHashes, sums_of
 from streammerge.sinks.journal import read_journal
 from streammerge.sinks.recovery import Recovered, recover
+from streammerge.sinks.run_folder import vanished
 from streammerge.sinks.shards import ShardSink, Told, copy_file
 from streammerge.sources.checkpoint import LOCAL, Checkpoint
 from streammerge.stream import Event, Inputs, Progress, Stream, silent
@@ -94,8 +95,7 @@ def _undisturbed(output: Path) -> Iterator[None]:
     try:
         yield
     except (InputMissingError, WriteError) as error:
-        vanished = isinstance(error, InputMissingError) or isinstance(error.__cause__, FileNotFoundError)
-        if not vanished or not Path(error.path).is_relative_to(output):
+        if not vanished(error) or not Path(error.path).is_relative_to(output):
             raise
         reason = f"another run is at work on `{output}`: `{error.path}` vanished while it was in use"
         raise OutputExistsError(reason, "wait for it, and run the same command again") from None
@@ -174,7 +174,7 @@ class Publisher:
         plan, directory = self.plan, self.directory
         sidecars = {}
         for sidecar in plan.sidecars:
-            size, blocks = copy_file(sidecar.path, directory.run / sidecar.name)
+            size, blocks = copy_file(sidecar.path, directory.run, sidecar.name)
             sidecars[sidecar.name] = WrittenFile(size, tuple(blocks))
             if self._hashes:
                 self._hashes.add(sidecar.name, directory.run / sidecar.name)

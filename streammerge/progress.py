@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from streammerge.core import io
+from streammerge.core.syscalls import redirect_to_nothing
 from streammerge.core.text import count_text, printable, size_text
 from streammerge.stream import Event
 
@@ -40,7 +40,7 @@ class Bar:
                 self._show(event)
             except OSError:
                 self._quiet, self._terminal, self._bar = True, False, None
-                io.redirect_to_nothing(self._stream.fileno())
+                redirect_to_nothing(self._stream.fileno())
 
     def _show(self, event: Event) -> None:
         match event.kind:

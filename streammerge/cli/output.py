@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from streammerge.core import io
 from streammerge.core.errors import StreamMergeError, WriteError
+from streammerge.core.syscalls import redirect_to_nothing
 from streammerge.core.text import printable, redacted, shortened
 
 REPORT_TO = "this is a bug of streammerge: please report it with the text above and the command"
@@ -33,7 +33,7 @@ class Output:
         try:
             print(text, file=stream, flush=True)
         except OSError as error:
-            io.redirect_to_nothing(stream.fileno())
+            redirect_to_nothing(stream.fileno())
             if stream is sys.stdout and not isinstance(error, BrokenPipeError):  # `head` has had enough
                 self.lost = WriteError("standard output", "write to", error.strerror or str(error))
 

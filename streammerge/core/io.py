@@ -232,6 +232,13 @@ def make_dirs(path: str | os.PathLike[str]) -> None:
                 raise
 
 
+def make_dirs_of(root: str | os.PathLike[str], name: str) -> None:
+    """Create the directories that `name` (with `/`) needs below `root`, which itself has to be there."""
+    for folder in reversed((Path(root) / name).parents[: name.count("/")]):
+        with _writing(folder, "create the directory"), contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+
+
 def create(path: str | os.PathLike[str], *, direct: bool = False) -> int:
     """A write descriptor of a new file with mode 0666 & ~umask, past the page cache if asked for; an existing path is
     never opened for writing."""
@@ -325,7 +332,7 @@ def sync_file(fd: int, path: str) -> None:
 
 
 def rename(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Move a finished file into place; replaces atomically."""
+    """Move a finished file, or a directory with all that is in it, into place; replaces atomically."""
     with _writing(target, "rename into"):
         os.replace(source, target)
 
@@ -369,13 +376,6 @@ def temporary_dir(prefix: str) -> str:
     """A new directory of this user's own below the system's directory for temporary files."""
     with _writing(prefix, "create a temporary directory"):
         return tempfile.mkdtemp(prefix=prefix)
-
-
-def redirect_to_nothing(fd: int) -> None:
-    """Let further writes to a descriptor disappear: its reader has gone away."""
-    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(null, fd)
-    close(null)
 
 
 def free_space(path: str | os.PathLike[str]) -> int:

@@ -1,5 +1,5 @@
-"""System calls that Python does not offer as they are. They raise OSError and nothing else; `core/io.py` says what that
-means.
+"""System calls that Python does not offer as they are, and some that belong together. They raise OSError and nothing
+else; `core/io.py` says what that means.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ def fallocate(fd: int, size: int) -> None:
 def clone_range(source: int, source_offset: int, target: int, offset: int, size: int) -> None:
     """Let a range of one open file share the blocks of another's."""
     fcntl.ioctl(target, _CLONE_RANGE, struct.pack("qQQQ", source, source_offset, size, offset))
+
+
+def redirect_to_nothing(fd: int) -> None:
+    """Let further writes to a descriptor disappear: its reader has gone away."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, fd)
+    os.close(null)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,15 @@
 """The output directory: what is there, whether a run may use it, and how a result is published in it.
 
-The commit protocol: everything is written below `.streammerge/`, in a folder that belongs to one plan and one set of
-inputs, synced, then renamed into place in the order shards, sidecars, index, config.json, report. The report is the
-completion marker: a directory without it is unfinished, and one without config.json or index is nothing that a loader
-takes. Whatever a run does, another run of the same plan may do at the same time or again: all of them write the same
-bytes, and nobody touches the folder of another plan but to remove it.
+The commit protocol: everything is written below `.streammerge/`, in a folder that belongs to one run, synced, then
+renamed into place in the order shards, sidecars, index, config.json, report. The report is the completion marker: a
+directory without it is unfinished, and one without config.json or index is nothing that a loader takes. A run of the
+same merge takes the folder over and goes on; one that replaces the result of another merge takes its folder away before
+anything else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.core import io, strict_json
-from streammerge.core.digests import sealed
-from streammerge.core.errors import InputReadError, OutputExistsError, StreamMergeError
+from streammerge.core.errors import InputMissingError, InputReadError, OutputExistsError, StreamMergeError
 from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
 from streammerge.sinks.records import RUN, changed_files, files_of, read_run, told_apart
+from streammerge.sinks.run_folder import RunFolder, empty, vanishing
 
 STAGING = ".streammerge"
 MARKER = "streammerge.json"
@@ -31,8 +30,6 @@ LOCK = "lock"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LATE = (INDEX, CONFIG, MARKER)
 """The files that make a directory loadable, in the order in which they appear; removed in reverse."""
-FOLDER_DIGITS = 16
-"""Digits of a fingerprint that name the folder of a run."""
 
 
 class State(Enum):
@@ -46,13 +43,13 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a run meets: its finished result, or `files` of earlier ones, which it `replaces` or goes on with. `begun`
-    says that one of them was its own."""
+    """What a run meets: its finished result, or `files` of earlier ones, which it `replaces` or goes on with; `earlier`
+    are the folders of unfinished runs of the same merge."""
 
     files: Sequence[str] = ()
     replaces: bool = False
     complete: bool = False
-    begun: bool = False
+    earlier: Sequence[Path] = ()
 
 
 class OutputDirectory:
@@ -61,9 +58,13 @@ class OutputDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.staging = path / STAGING
-        self.run = self.staging
-        """The folder of this run, once it is claimed."""
+        self.own = RunFolder(path, self.staging, "")
         self._lock: Lock | None = None
+
+    @property
+    def run(self) -> Path:
+        """The folder of this run, once the directory is claimed."""
+        return self.own.path
 
     def state(self) -> State:
         """What is there now."""
@@ -71,7 +72,7 @@ class OutputDirectory:
             return State.EMPTY
         if io.exists(self.path / MARKER):
             return State.FINISHED
-        if self.runs() or self._unreadable():
+        if any(io.exists(folder / RUN) for folder in self._folders()):
             return State.UNFINISHED
         names = io.list_tree(self.path) if io.is_dir(self.path) else [self.path.name]
         # A run that was killed before it wrote down its plan leaves a temporary file in the staging area, at most.
@@ -83,9 +84,10 @@ class OutputDirectory:
 
     def _folders(self) -> list[Path]:
         """The folders of runs, whether their records can be read or not."""
-        if not io.is_dir(self.staging):
-            return []
-        return [folder for name in io.list_dir(self.staging) if io.is_dir(folder := self.staging / name)]
+        with contextlib.suppress(InputMissingError):  # the last run may be tidying up
+            if io.is_dir(self.staging):
+                return [folder for name in io.list_dir(self.staging) if io.is_dir(folder := self.staging / name)]
+        return []
 
     def _unreadable(self) -> set[Path]:
         """The folders whose record somebody has damaged: we write it in one step."""
@@ -120,52 +122,66 @@ class OutputDirectory:
         the names that a report gives it; `files` is everything the run will write. Raises OutputExistsError for
         anything that is not ours to touch.
         """
-        self.run = self.staging / str(identity["fingerprint"])[:FOLDER_DIGITS]
+        self.own = RunFolder(self.path, self.staging, str(identity["fingerprint"]))
         found = self._look(identity, files, overwrite=overwrite)
         if not found.complete:
             self._take_lock()
             found = self._look(identity, files, overwrite=overwrite)  # another run may have ended since
+        if not found.complete:
+            self.own.begin(next(iter(found.earlier), None))
+            # Written down before anything is removed: whenever this is cut short, the next run knows what is ours, and
+            # whether it has to begin with the removal.
+            record = {**identity, "files": sorted({*found.files, *files}), "replaces": found.replaces}
+            self.own.write_down(record)
+            found = self._look_back(identity, files, overwrite=overwrite, begun=bool(found.earlier))
         if found.complete:
-            self._clear_staging()
+            self._tidy_up(found.earlier)
             return False
-        io.make_dirs(self.run)
-        # Written down before anything is removed: whenever this is cut short, the next run knows what is ours, and
-        # whether it has to begin with the removal.
-        record = {**identity, "files": sorted({*found.files, *files}), "replaces": found.replaces}
-        self.put(RUN, strict_json.dumps(sealed(record)), into=self.run)
+        for folder in found.earlier:
+            self.own.revoke(folder)
         if found.replaces:
-            self._remove(found.files)
-            self.put(RUN, strict_json.dumps(sealed({**record, "replaces": False})), into=self.run)
-        return not self._look_back(identity, files, begun=found.begun).complete
+            self._replace({**record, "files": sorted({*found.files, *files}), "replaces": True})
+        return True
 
-    def _look_back(self, identity: Mapping[str, Any], files: Sequence[str], *, begun: bool) -> _Found:
-        """Look again when the run is written down: where there are no locks, another one may have come in between. Of
-        two different merges that begin at once, each sees the other, unless the other has already seen it and gone."""
+    def _look_back(self, identity: Mapping[str, Any], files: Sequence[str], *, overwrite: bool, begun: bool) -> _Found:
+        """Look again when the run is written down: where there are no locks, another one may have come in between. Who
+        comes later sees us. Of two different merges that begin at once, each sees the other, unless the other has
+        already seen it and gone."""
         try:
-            found = self._look(identity, files, overwrite=False)
+            return self._look(identity, files, overwrite=overwrite)
         except OutputExistsError:
             if not begun:
-                _empty(self.run)
+                empty(self.run)
             raise
-        if found.complete:
-            self._clear_staging()
-        return found
+
+    def _replace(self, record: Mapping[str, Any]) -> None:
+        """Remove what is there, all of which the record names, once nobody else can add to it."""
+        self.own.write_down(record)
+        for folder in self._folders():
+            if folder != self.run:
+                self.own.revoke(folder)
+        self._remove(record["files"])
+        self.own.write_down({**record, "replaces": False})
 
     def _look(self, identity: Mapping[str, Any], wanted: Sequence[str], *, overwrite: bool) -> _Found:
         """What is there for a run to go on with or to replace. Raises OutputExistsError for what it may not."""
-        fingerprint, damaged = str(identity["fingerprint"]), self._unreadable()
-        runs = list(self.runs().values())
+        fingerprint, damaged, runs = str(identity["fingerprint"]), self._unreadable(), self.runs()
+        own = {folder: run for folder, run in runs.items() if run["fingerprint"] == fingerprint}
+        own_damaged = {folder for folder in damaged if self.own.is_of_same_merge(folder)}
+        earlier = sorted({*own, *own_damaged} - {self.run})
         finished = self.marker() if self.state() is State.FINISHED else None
         if finished and finished.get("fingerprint") == fingerprint and not overwrite:
-            return _Found(complete=True)
-        own = next((run for run in runs if run["fingerprint"] == fingerprint), {})
+            return _Found(complete=True, earlier=earlier)
         others = [(finished, "the finished result", "choose another `--output`")] if finished else []
         advice = "finish it with the command that began it"
-        others += [(run, "an unfinished run", advice) for run in runs if run["fingerprint"] != fingerprint]
+        others += [(run, "an unfinished run", advice) for folder, run in runs.items() if folder not in own]
         differing = [(told_apart(other, identity), *rest) for other, *rest in others]
-        if "base_files" in own and own["base_files"] != identity.get("base_files"):
-            differing.append((changed_files(own, identity), "an unfinished run", "put back what was there"))
-        if damaged - {self.run}:
+        differing += [
+            (changed_files(run, identity), "an unfinished run", "put back what was there")
+            for run in own.values()
+            if "base_files" in run and run["base_files"] != identity.get("base_files")
+        ]
+        if damaged - own_damaged:
             differing.append(("merge, whose record cannot be read", "an unfinished run", "put the record back"))
         if differing and not overwrite:
             difference, what, advice = differing[0]
@@ -173,12 +189,12 @@ class OutputDirectory:
                 f"`{self.path}` holds {what} of another merge",
                 f"it was made from another {difference}; {advice}, or give `--overwrite` to replace it",
             )
-        results = [*runs, *([finished] if finished else [])]
+        results = [*runs.values(), *([finished] if finished else [])]
         # The folder has the name of this very merge: what it would have put there is its own, and is read before use.
-        files = {name for result in results for name in files_of(result)} | {*(wanted if self.run in damaged else ())}
+        files = {name for result in results for name in files_of(result)} | {*(wanted if own_damaged else ())}
         self._refuse_foreign(files, damaged)
-        begun = bool(own) or self.run in damaged
-        return _Found(sorted(files), replaces=bool(differing or own.get("replaces")), begun=begun)
+        replaces = bool(differing) or any(run.get("replaces") for run in own.values())
+        return _Found(sorted(files), replaces=replaces, earlier=earlier)
 
     def _take_lock(self) -> None:
         """Keep other processes out, which would do the work twice. Nothing but their time depends on it."""
@@ -212,44 +228,13 @@ class OutputDirectory:
         if foreign:
             raise OutputExistsError(f"`{self.path}` is not empty: it holds {some_of(foreign, 3)}", hint)
 
-    def put(self, name: str, data: bytes, *, into: Path | None = None) -> None:
-        """Write a small file durably and rename it to `name`, in the staging area or in place."""
-        home = into or self.path
-        temporary = self.run / f"{name.rpartition('/')[2]}.{os.getpid()}.tmp"
-        io.remove(temporary)
-        io.write_new(temporary, data)
-        if "/" in name:
-            io.make_dirs((home / name).parent)
-        io.rename(temporary, home / name)
-        io.sync_dir((home / name).parent)
-
     def publish(self, staged: Sequence[str], late: Mapping[str, bytes]) -> None:
         """Move finished files from staging into place, then write the late files in their order, then tidy up."""
-        for name in staged:
-            self._refuse_others(own=True)
-            if "/" in name:
-                io.make_dirs((self.path / name).parent)
-            io.rename(self.run / name, self.path / name)
-        for folder in sorted({str(folder) for name in staged for folder in PurePosixPath(name).parents}):
-            io.sync_dir(self.path / folder)
+        self.own.publish(staged)
         for name in (*[name for name in late if name not in LATE], *LATE):
             if name in late:
-                self._refuse_others(own=True)
-                self.put(name, late[name])
-        try:
-            self._refuse_others(own=False)
-        except OutputExistsError:
-            io.remove(self.path / MARKER)  # over what the other one has begun to replace
-            raise
-        self._clear_staging()
-
-    def _refuse_others(self, *, own: bool) -> None:
-        """Raise OutputExistsError if another merge has begun here, or has removed what says that this one did (`own`).
-        It cannot where locks work, and removes our folder before anything else where they do not."""
-        runs = {folder for folder in self._folders() if io.exists(folder / RUN)}
-        if runs - {self.run} or (own and self.run not in runs):
-            hint = "let the other one finish, or run the same command again"
-            raise OutputExistsError(f"another run has taken over `{self.path}`", hint)
+                self.own.put(name, late[name], self.path)
+        self._tidy_up()
 
     @property
     def alone(self) -> bool:
@@ -260,13 +245,13 @@ class OutputDirectory:
         """Take back the files that make the directory loadable, unless the result is complete."""
         if not io.exists(self.path / MARKER):
             for name in reversed(LATE):
-                io.remove(self.path / name)
+                self.own.take_away(name)
 
     def abandon(self) -> None:
         """Remove what an unsuccessful run has staged and published; a result that is complete stays."""
         if not io.exists(self.path / MARKER):
-            self._remove([name for run in self.runs().values() for name in files_of(run)])
-        self._clear_staging()
+            self._remove(files_of(read_run(self.run) or {}))
+        self._tidy_up()
 
     def marker(self) -> dict[str, Any]:
         """The report of the finished result. Raises OutputExistsError where it is none, InputReadError where the system
@@ -285,41 +270,37 @@ class OutputDirectory:
         """Remove a result or what was published of one, what loaders go by first, and whatever is staged but the record
         of this run."""
         for name in reversed(LATE):
-            io.remove(self.path / name)
+            self.own.take_away(name)
         io.sync_dir(self.path)
-        for folder in self._folders():  # first: who still works in one can publish nothing more
-            _empty(folder, but=RUN if folder == self.run else None)
-        self._remove_files(files)
-        io.remove(self.path / INPUTS)
-        io.sync_dir(self.path)
-
-    def _remove_files(self, files: Sequence[str]) -> None:
+        empty(self.run, but=RUN)
         folders: set[Path] = set()
-        for name in files:
+        for name in (*files, INPUTS):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 continue  # a report that was tampered with never reaches outside its own directory
-            io.remove(self.path / name)
+            self.own.take_away(name)
             folders.update(parent for parent in (self.path / name).parents if self.path in parent.parents)
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
             io.remove_dir_if_empty(folder)
             if io.exists(folder):
                 io.sync_dir(folder)
+        io.sync_dir(self.path)
 
-    def _clear_staging(self) -> None:
-        """Empty the staging area and remove it."""
-        if not io.exists(self.staging):
-            return
-        for name in io.list_dir(self.staging):
-            if io.is_dir(self.staging / name):
-                _empty(self.staging / name)
-            else:
-                io.remove(self.staging / name)
-        io.remove_empty_dirs(self.staging)
-
-
-def _empty(folder: Path, but: str | None = None) -> None:
-    """Remove the folder of a run; its record of itself goes last, so that the directory is ours until it is empty."""
-    for name in sorted(io.list_tree(folder), key=lambda name: name == RUN):
-        if name != but:
-            io.remove(folder / name)
-    io.remove_empty_dirs(folder)
+    def _tidy_up(self, earlier: Sequence[Path] = ()) -> None:
+        """The result is there, or nothing is: remove our folder, those of `earlier` runs of the same merge, and what
+        is left of runs that never came to a record of themselves."""
+        empty(self.run)
+        for folder in earlier:
+            with vanishing():
+                self.own.begin(folder)
+                if (read_run(self.run) or {}).get("replaces"):  # somebody was told to make it anew
+                    io.rename(self.run, folder)
+                else:
+                    empty(self.run)
+        with vanishing():
+            for name in io.list_dir(self.staging):
+                path = self.staging / name
+                if not io.is_dir(path):
+                    io.remove(path)
+                elif not io.exists(path / RUN):
+                    empty(path, but=RUN)  # which may come at any time: then the folder stays
+            io.remove_dir_if_empty(self.staging)

@@ -7,7 +7,6 @@ made again, in the same file. What belongs to no file is removed.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,21 +83,20 @@ def recover(
     Raises WriteError where what is not good cannot be removed.
     """
     journal = read_journal(run)
-    there = io.list_dir(run)
     found: dict[int, Kept] = {}
     sizes = [shard.size for shard in shards]
     spans = [block_range(block, sizes[number]) for number, block in journal if 0 <= number < len(sizes)]
     with _Reader(workers, sum(max(0, end - start) for start, end in spans), told) as reader:
         for number, shard in enumerate(shards):
             wanted = {block: made for (file, block), made in journal.items() if file == number}
-            parts = [run / name for name in there if name.startswith(f"{shard.file}.") and name.endswith(PART)]
+            part = run / f"{shard.file}{PART}"
             # What is in place already is taken if it is good, and else left to be replaced: it may be another run's.
             published = output / shard.file
             kept = _examined(reader, shard, wanted, published) if io.exists(published) else None
             if not (kept and kept.complete):
-                kept = _best(reader, shard, wanted, [run / shard.file, *parts])
+                kept = _best(reader, shard, wanted, [run / shard.file, part])
             if kept:
-                found[number] = kept if kept.complete else _adopted(kept, run / f"{shard.file}.{os.getpid()}{PART}")
+                found[number] = kept if kept.complete else _adopted(kept, part)
     return Recovered(found)
 
 
@@ -137,7 +135,7 @@ def _examined(reader: _Reader, shard: OutputShard, wanted: Mapping[int, Made], p
 
 
 def _adopted(kept: Kept, part: Path) -> Kept:
-    """An unfinished file under a name of our own: an earlier run that is still alive finds its file gone, and stops."""
+    """A file that was staged and is not good any more, as an unfinished one."""
     if kept.path != part:
         io.rename(kept.path, part)
     return Kept(part, kept.blocks, False, kept.inode)

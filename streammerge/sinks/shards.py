@@ -9,7 +9,6 @@ and however often, writes the same bytes at the same places, and none beyond its
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from streammerge.core import io, pages
 from streammerge.core.digests import block_count, block_digest, block_number, block_range
-from streammerge.core.errors import OutputExistsError, WriteError
+from streammerge.core.errors import WriteError
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import OutputShard
 from streammerge.sinks.buffers import Origin, WriteBehind
@@ -50,7 +49,7 @@ class ShardFile:
     def __init__(self, shard: OutputShard, folder: Path, *, direct: bool, kept: Kept | None = None) -> None:
         self.shard, self.direct = shard, direct
         self.final = folder / shard.file
-        self.part = str(kept.path if kept else folder / f"{shard.file}.{os.getpid()}{PART}")
+        self.part = str(kept.path if kept else folder / f"{shard.file}{PART}")
         self.staged = bool(kept and kept.complete)
         self._kept, self._lost = kept, False
         self._lock = threading.Lock()
@@ -111,13 +110,7 @@ class ShardFile:
         if not self.direct:
             pages.drop(self._fds[False], 0, self.shard.size)
         self.close()
-        try:
-            io.rename(self.part, self.final)
-        except WriteError:
-            if io.exists(self.part):
-                raise
-            reason = f"another run has taken over `{self.final.name}`, which this one was writing"
-            raise OutputExistsError(reason, "let the other one finish, or run the same command again") from None
+        io.rename(self.part, self.final)
         self.staged = True
 
     def close(self) -> None:
@@ -255,10 +248,10 @@ class ShardSink:
         self._journal.close()
 
 
-def copy_file(source: str, target: Path) -> tuple[int, list[str]]:
-    """Copy a sidecar into the staging area, durably; its size and the digests of its blocks."""
-    io.make_dirs(target.parent)
-    part = target.with_name(f"{target.name}.{os.getpid()}{PART}")
+def copy_file(source: str, folder: Path, name: str) -> tuple[int, list[str]]:
+    """Copy a sidecar to `name` in the folder of a run, durably; its size and the digests of its blocks."""
+    target, part = folder / name, folder / f"{name}{PART}"
+    io.make_dirs_of(folder, name)
     io.remove(part)
     fd = io.open_input(source)
     try:

@@ -38,7 +38,7 @@ from tests.sinks.subjects import make_small
 
 CHANGES = (
     "create", "open_again", "open_journal", "append", "open_lock", "allocate", "clone", "write_at", "sync_file",
-    "rename", "sync_dir", "remove", "remove_dir_if_empty", "make_dirs",
+    "rename", "sync_dir", "remove", "remove_dir_if_empty", "make_dirs", "make_dirs_of",
 )  # fmt: skip
 """The functions of `core/io.py` that change something below the output, or make it last."""
 KILLED, OUT_OF_ORDER, REFUSED = 77, 78, 79

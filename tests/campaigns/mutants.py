@@ -21,18 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streammerge.core import io
+from streammerge.core import io, strict_json
+from streammerge.core.digests import sealed
 from streammerge.core.errors import WriteError
 from streammerge.sinks import directory, journal, recovery, shards
 from streammerge.sinks.directory import CONFIG, INDEX, LATE, MARKER, OutputDirectory
 from streammerge.sinks.records import RUN
+from streammerge.sinks.run_folder import RunFolder
 from tests.campaigns import errnos, kills
 from tests.campaigns.errnos import Errors, Fault
 from tests.campaigns.kills import OUT_OF_ORDER, Campaign, child, prepared, warm_up
 
 errnos.COUNTED.add(__file__)
 Late = Mapping[str, bytes]
-_put, _publish, _claim = OutputDirectory.put, OutputDirectory.publish, OutputDirectory.claim
+_publish, _claim, _write_down = OutputDirectory.publish, OutputDirectory.claim, RunFolder.write_down
 _remove_all, _parsed, _stage = OutputDirectory._remove, journal._parsed, shards.ShardFile.stage
 
 
@@ -46,8 +48,8 @@ def directories_are_not_synced() -> None:
 
 
 def small_files_are_synced_after_they_were_renamed() -> None:
-    def put(self: OutputDirectory, name: str, data: bytes, *, into: Path | None = None) -> None:
-        temporary, target = self.run / f"{Path(name).name}.{os.getpid()}.tmp", (into or self.path) / name
+    def put(self: RunFolder, name: str, data: bytes, home: Path) -> None:
+        temporary, target = self.path / f"{Path(name).name}.tmp", home / name
         fd = io.create(temporary)
         io.write_at(fd, str(temporary), 0, data)
         io.rename(temporary, target)
@@ -55,7 +57,7 @@ def small_files_are_synced_after_they_were_renamed() -> None:
         io.close(fd)
         io.sync_dir(target.parent)
 
-    OutputDirectory.put = put
+    RunFolder.put = put
 
 
 def a_header_is_written_after_the_sync() -> None:
@@ -80,7 +82,7 @@ def the_report_comes_before_the_index() -> None:
 
 def published_first(name: str) -> None:
     def publish(self: OutputDirectory, staged: list[str], late: Late) -> None:
-        self.put(name, late[name])
+        self.own.put(name, late[name], self.path)
         _publish(self, staged, late)
 
     OutputDirectory.publish = publish
@@ -88,21 +90,16 @@ def published_first(name: str) -> None:
 
 def an_overwrite_leaves_the_old_markers() -> None:
     def remove(self: OutputDirectory, files: list[str]) -> None:
-        real = io.remove
-        io.remove = lambda path: None if Path(path).name in LATE else real(path)
+        real = RunFolder.take_away
+        RunFolder.take_away = lambda self, name: None if name in LATE else real(self, name)
         _remove_all(self, files)
-        io.remove = real
+        RunFolder.take_away = real
 
     OutputDirectory._remove = remove
 
 
 def an_overwrite_that_was_cut_short_is_not_begun_again() -> None:
-    def put(self: OutputDirectory, name: str, data: bytes, *, into: Path | None = None) -> None:
-        if name == RUN:
-            data = json.dumps({**json.loads(data), "replaces": False}).encode()
-        _put(self, name, data, into=into)
-
-    OutputDirectory.put = put
+    RunFolder.write_down = lambda self, record: _write_down(self, {**record, "replaces": False})
 
 
 def a_short_write_is_taken_for_a_whole_one() -> None:
@@ -153,11 +150,9 @@ def the_checksum_of_the_journal_is_not_looked_at() -> None:
 
 def the_unfinished_run_of_another_merge_is_gone_on_with() -> None:
     def claim(self: OutputDirectory, identity: Mapping[str, Any], files: list[str], *, overwrite: bool) -> bool:
-        own = self.staging / str(identity["fingerprint"])[: directory.FOLDER_DIGITS]
         for folder, run in self.runs().items():
-            if folder != own:
-                folder.rename(own)
-                (own / RUN).write_text(json.dumps({**run, "fingerprint": identity["fingerprint"]}))
+            found = {name: value for name, value in run.items() if name != "digest"}
+            (folder / RUN).write_bytes(strict_json.dumps(sealed({**found, "fingerprint": identity["fingerprint"]})))
         return _claim(self, identity, files, overwrite=overwrite)
 
     OutputDirectory.claim = claim

@@ -76,7 +76,8 @@ class Order:
         self._wrap(io, "rename", before=self._renames, after=self._renamed)
         self._wrap(io, "remove", before=self._removes)
         self._wrap(io, "sync_dir", after=self._synced_dir)
-        self._wrap(io, "make_dirs", before=lambda path: self._is_inside(os.fspath(path)))
+        for name in ("make_dirs", "make_dirs_of"):
+            self._wrap(io, name, before=lambda path, *_: self._is_inside(os.fspath(path)))
         self._wrap(OutputDirectory, "claim", before=self._claims)
         self._wrap(OutputDirectory, "release", before=self._releases)
 
@@ -155,9 +156,16 @@ class Order:
         if state is not None and state.synced < state.written and not new.endswith(UNFINISHED):
             self.wrong.append(f"`{old}` is renamed to `{new}` before it is synced")
         scope = self._scope_of(new)
-        name = os.path.relpath(new, scope.root) if scope else ""
-        if scope and not name.startswith(STAGING):
-            self._publishes(scope, name, old)
+        if scope is None:
+            return
+        taken, published = (not self._is_staged(scope, path) for path in (old, new))
+        if taken and os.path.lexists(old):
+            self._takes_away(scope, os.path.relpath(old, scope.root))
+        if published:
+            self._publishes(scope, os.path.relpath(new, scope.root), old)
+
+    def _is_staged(self, scope: _Scope, path: str) -> bool:
+        return f"{path}/".startswith(f"{scope.root}/{STAGING}/")
 
     def _publishes(self, scope: _Scope, name: str, source: str) -> None:
         """Whether it is the turn of a file to appear in the output."""
@@ -181,8 +189,8 @@ class Order:
 
     def _renamed(self, _: None, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
         old, new = os.fspath(source), os.fspath(target)
-        if old in self._files:
-            self._files[new] = self._files.pop(old)
+        for path in [path for path in self._files if f"{path}/".startswith(f"{old}/")]:  # a folder takes all along
+            self._files[new + path[len(old) :]] = self._files.pop(path)
         scope = self._scope_of(new)
         name = os.path.relpath(new, scope.root) if scope else ""
         if scope and not name.startswith(STAGING):
@@ -194,15 +202,17 @@ class Order:
         self._is_inside(shown)
         self._files.pop(shown, None)
         scope = self._scope_of(shown)
-        name = os.path.relpath(shown, scope.root) if scope else ""
-        if not scope or name.startswith(STAGING) or not os.path.lexists(shown):
-            return
+        if scope and not self._is_staged(scope, shown) and os.path.lexists(shown):
+            self._takes_away(scope, os.path.relpath(shown, scope.root))
+
+    def _takes_away(self, scope: _Scope, name: str) -> None:
+        """Whether it is the turn of a file to go from the output."""
         first = LATE[LATE.index(name) + 1 :] if name in LATE else LATE
         there = [other for other in first if os.path.lexists(f"{scope.root}/{other}")]
         undone = set(first) & scope.unsynced.get(scope.root, set()) if name not in LATE else set()
         if there or undone:
             self.wrong.append(f"`{name}` is removed before {sorted({*there, *undone})} is, durably")
-        scope.unsynced.setdefault(os.path.dirname(shown), set()).add(name)
+        scope.unsynced.setdefault(os.path.dirname(f"{scope.root}/{name}"), set()).add(name)
 
     def _synced_dir(self, _: None, path: str | os.PathLike[str]) -> None:
         for scope in self._scopes.values():

@@ -56,13 +56,13 @@ def test_a_file_that_was_written_to_after_its_sync_is_renamed_too_early(director
 
 def test_an_index_before_the_directory_entries_of_its_shards_is_too_early(directory: OutputDirectory) -> None:
     io.rename(staged(directory), directory.path / "model.safetensors")
-    directory.put(INDEX, b'{"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}')
+    directory.own.put(INDEX, b'{"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}}', directory.path)
     assert "appears before the directory entries of ['model.safetensors'] are durable" in ORDER.wrong[0]
     assert "appears before ['other.safetensors']" in ORDER.wrong[1]
 
 
 def test_a_shard_after_the_config_is_too_late(directory: OutputDirectory) -> None:
-    directory.put(CONFIG, b"{}")
+    directory.own.put(CONFIG, b"{}", directory.path)
     io.rename(staged(directory), directory.path / "model.safetensors")
     assert f"`model.safetensors` appears when {[CONFIG, CONFIG]} is there" in ORDER.wrong
 

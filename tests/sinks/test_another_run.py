@@ -219,7 +219,8 @@ def test_a_link_where_a_run_left_its_journal_is_not_written_through(tmp_path: Pa
     journal.symlink_to(tmp_path / "victim")
     outcome = call("run", base, adapter, "-o", out)
     assert outcome.code == WriteError.exit_code
-    assert f"cannot create `{journal}`: Too many levels of symbolic links" in outcome.err
+    assert f"/{JOURNAL}`: Too many levels of symbolic links" in outcome.err
+    assert "cannot create `" in outcome.err
     assert (tmp_path / "victim").read_bytes() == b"mine"
 
 

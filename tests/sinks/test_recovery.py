@@ -68,8 +68,7 @@ class Subject:
 
     def part(self, name: str) -> Path:
         """A file in the making."""
-        (found,) = self.folder.glob(f"{name}.*{shards.PART}")
-        return found
+        return self.folder / f"{name}{shards.PART}"
 
     def finish(self) -> set[tuple[int, int]]:
         """Let the same command finish, and see that the result is right; the blocks that it made."""
@@ -154,10 +153,9 @@ def test_without_a_journal_all_is_made_again(subject: Subject) -> None:
     assert len(subject.finish()) == subject.blocks
 
 
-def test_of_two_files_in_the_making_the_one_with_more_good_blocks_is_taken(subject: Subject) -> None:
+def test_of_a_staged_file_and_one_in_the_making_the_one_with_more_good_blocks_is_taken(subject: Subject) -> None:
     subject.stop(9)
-    part = subject.part(FIRST)
-    (part.parent / f"{FIRST}.1{shards.PART}").write_bytes(b"\0" * part.stat().st_size)
+    (subject.folder / FIRST).write_bytes(b"\0" * subject.part(FIRST).stat().st_size)
     finished = {block for block in subject.made[:8] if subject.made[:9].count(block) == 2}
     assert subject.finish().isdisjoint(finished)
 
@@ -181,20 +179,19 @@ def test_a_sync_that_failed_is_not_tried_again_and_its_blocks_are_not_written_do
     assert len(subject.finish()) == subject.blocks
 
 
-def test_a_run_whose_file_was_taken_over_stops(subject: Subject) -> None:
+def test_a_run_whose_folder_was_taken_over_stops(subject: Subject) -> None:
     calls = 0
 
-    def take_over(self: shards.ShardFile, fd_path: str = "") -> None:
+    def take_over(self: shards.ShardFile) -> None:
         nonlocal calls
         calls += 1
-        part = Path(self.part)
-        os.replace(part, part.with_name(f"{self.shard.file}.1{shards.PART}"))
+        subject.folder.rename(subject.folder.with_name(f"{subject.folder.name.partition('.')[0]}.other"))
         real(self)
 
     real = shards.ShardFile.stage
     with subject.patch.context() as patch:
         patch.setattr(shards.ShardFile, "stage", take_over)
-        with pytest.raises(OutputExistsError, match="another run has taken over"):
+        with pytest.raises(OutputExistsError, match="another run is at work on .* vanished while it was in use"):
             subject.merge()
     assert calls == 1
     assert not (subject.out / MARKER).exists()
@@ -213,15 +210,15 @@ def test_another_process_at_work_on_the_output_is_named(subject: Subject) -> Non
 
 def test_a_file_that_vanishes_while_the_output_is_looked_at_is_another_runs_doing(subject: Subject) -> None:
     subject.stop(9)
-    real = shards.io.list_dir
+    real = shards.io.size_of
 
-    def vanished(path: Path) -> list[str]:
-        if str(path).endswith(STAGING):
+    def vanished(path: Path) -> int:
+        if path.name == JOURNAL:
             raise InputMissingError(str(path))
         return real(path)
 
     with subject.patch.context() as patch:
-        patch.setattr(shards.io, "list_dir", vanished)
+        patch.setattr(shards.io, "size_of", vanished)
         with pytest.raises(OutputExistsError, match="vanished while it was in use"):
             subject.merge()
     subject.finish()

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import streammerge
 from streammerge.core import io
 from streammerge.core.errors import OutputExistsError
 from streammerge.sinks.directory import STAGING, OutputDirectory
-from streammerge.sinks.records import RUN
+from streammerge.sinks.run_folder import RunFolder
 from tests.campaigns.kills import bytes_of
 from tests.refusals.making import BASE_CONFIG, INDEX, MARKER, inputs_at
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.out_of_order
 
 OPERATIONS = (
     "create", "open_again", "open_journal", "append", "open_lock", "allocate", "write_at", "sync_file", "rename",
-    "sync_dir", "remove", "remove_dir_if_empty", "make_dirs",
+    "sync_dir", "remove", "remove_dir_if_empty", "make_dirs", "make_dirs_of",
 )  # fmt: skip
 
 
@@ -121,40 +121,41 @@ def test_of_two_merges_that_begin_at_once_the_one_that_sees_the_other_goes_and_l
 ) -> None:
     rivals = Rivals(tmp_path, monkeypatch, weights=[0.5])
     directory = OutputDirectory(rivals.out)
-    real = OutputDirectory.put
+    real = RunFolder.write_down
 
-    def put(self: OutputDirectory, name: str, data: bytes, **options: Path) -> None:
-        if name == RUN and self is not directory:
-            with monkeypatch.context() as inner:
-                inner.setattr(OutputDirectory, "put", real)
-                directory.claim({"fingerprint": "f" * 64, "adapters": []}, ["x"], overwrite=False)
-        real(self, name, data, **options)
+    def write_down(self: RunFolder, record: Mapping[str, Any]) -> None:
+        with monkeypatch.context() as inner:
+            inner.setattr(RunFolder, "write_down", real)
+            directory.claim({"fingerprint": "f" * 64, "adapters": []}, ["x"], overwrite=False)
+        real(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputDirectory, "put", put)
+        patch.setattr(RunFolder, "write_down", write_down)
         assert rivals.run() == "refused"
     assert list(directory.runs()) == [directory.run]
 
 
 @pytest.mark.parametrize("name", [INDEX, BASE_CONFIG, MARKER])
-def test_a_run_that_another_one_begins_to_replace_finishes_nothing(
+def test_a_run_that_another_one_begins_to_replace_changes_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     rivals = Rivals(tmp_path, monkeypatch)
-    real = OutputDirectory.put
+    real = RunFolder.put
+    before: dict[str, bytes] = {}
 
-    def put(self: OutputDirectory, file: str, data: bytes, **options: Path) -> None:
+    def put(self: RunFolder, file: str, data: bytes, home: Path) -> None:
         if file == name:
-            (self.staging / "other").mkdir()
-            (self.staging / "other" / RUN).write_text("{}")
-        real(self, file, data, **options)
+            (rivals.out / STAGING / "other").mkdir()
+            self.path.rename(rivals.out / STAGING / "other" / self.path.name)
+            before.update(bytes_of(rivals.out))
+        real(self, file, data, home)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputDirectory, "put", put)
-        with pytest.raises(OutputExistsError, match="another run has taken over"):
+        patch.setattr(RunFolder, "put", put)
+        with pytest.raises(OutputExistsError, match="another run is at work on .* vanished while it was in use"):
             streammerge.merge(rivals.base, rivals.adapter, rivals.out)
-    assert not (rivals.out / MARKER).exists()
-    assert (rivals.out / STAGING / "other" / RUN).exists()
+    assert MARKER not in before
+    assert bytes_of(rivals.out) == before
 
 
 def test_a_result_that_is_replaced_while_it_is_checked_is_not_called_damaged(
@@ -169,3 +170,84 @@ def test_a_result_that_is_replaced_while_it_is_checked_is_not_called_damaged(
     with pytest.raises(OutputExistsError, match="it has replaced this result while it was checked"):
         streammerge.merge(rivals.base, rivals.adapter, rivals.out, progress=progress)
     assert streammerge.verify(rivals.out).status == "verified"
+
+
+class Paused(Exception):
+    """Where a run is stopped for good."""
+
+
+def test_an_overwrite_that_meets_the_end_of_the_run_it_replaces_leaves_what_can_be_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rivals = Rivals(tmp_path, monkeypatch, max_shard_size="3kB", overwrite=True)
+    tidy_up, take_away = OutputDirectory._tidy_up, RunFolder.take_away
+
+    def overwritten_first(self: OutputDirectory, *arguments: Any) -> None:
+        """The report is in place, and the other run has begun to remove it."""
+        with monkeypatch.context() as patch:
+            patch.setattr(OutputDirectory, "_tidy_up", tidy_up)
+            patch.setattr(RunFolder, "take_away", stop_after_the_report)
+            with pytest.raises(Paused):
+                rivals.run(**rivals.other)
+        tidy_up(self, *arguments)
+
+    def stop_after_the_report(self: RunFolder, name: str) -> None:
+        take_away(self, name)
+        raise Paused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputDirectory, "_tidy_up", overwritten_first)
+        patch.setattr(OutputDirectory, "abandon", lambda *_: None)  # as where it is killed
+        rivals.run()
+    assert not (rivals.out / MARKER).exists()
+    assert rivals.run() == "refused"
+    assert rivals.run(max_shard_size="3kB") == "done"
+    assert bytes_of(rivals.out) == rivals.results[1]
+
+
+def begin_to_replace(rivals: Rivals, options: Mapping[str, Any], meanwhile: Callable[[], object]) -> str:
+    """An overwrite that is held up before it removes the first shard, and what comes meanwhile; how it ended."""
+    real = RunFolder.take_away
+
+    def held_up(self: RunFolder, name: str) -> None:
+        if name.endswith(".safetensors"):
+            with rivals.patch.context() as patch:
+                patch.setattr(RunFolder, "take_away", real)
+                meanwhile()
+        real(self, name)
+
+    with rivals.patch.context() as patch:
+        patch.setattr(RunFolder, "take_away", held_up)
+        return rivals.run(overwrite=True, **options)
+
+
+@pytest.mark.parametrize("second", [{"weights": [0.5]}, {}], ids=["another merge", "the same merge"])
+def test_of_two_overwrites_at_once_one_finishes_and_the_other_removes_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: Mapping[str, Any]
+) -> None:
+    rivals = Rivals(tmp_path, monkeypatch, **second)
+    assert rivals.run(max_shard_size="3kB") == "done"
+    ends = []
+    first = begin_to_replace(rivals, {}, lambda: ends.append(rivals.run(overwrite=True, **second)))
+    assert (first, ends) == ("refused", ["done"])
+    assert bytes_of(rivals.out) == rivals.results[1]
+
+
+def test_a_finished_result_that_somebody_begins_to_replace_is_no_reason_to_take_his_record_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rivals = Rivals(tmp_path, monkeypatch)
+    assert rivals.run() == "done"
+    for options in ({"weights": [0.5]}, {}):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "take_away", lambda *_: (_ for _ in ()).throw(Paused()))
+            patch.setattr(OutputDirectory, "alone", False)
+            with pytest.raises(Paused):
+                rivals.run(overwrite=True, **options)
+        (begun,) = OutputDirectory(rivals.out).runs().values()
+        assert begun["replaces"]
+        assert rivals.run() == "done"
+        assert list(OutputDirectory(rivals.out).runs().values()) == [begun]
+        assert rivals.run(overwrite=True, **options) == "done"
+        assert not (rivals.out / STAGING).exists()
+        assert rivals.run(overwrite=True) == "done"
