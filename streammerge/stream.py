@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from streammerge.compute.devices import DeviceMaker
 from streammerge.compute.lanes import Cpu
 from streammerge.compute.produce import Producer
 from streammerge.compute.tile import TileStats
-from streammerge.core import io
 from streammerge.core.digests import block_count, block_range
 from streammerge.core.errors import StreamMergeError
+from streammerge.core.resources import ThreadPool, aligned_buffer
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import MergePlan
 from streammerge.report import StatsCollector, WrittenFile
@@ -142,7 +142,7 @@ def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, sto
             stop.set()
             raise
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="streammerge") as pool:
+    with ThreadPool(workers, "work") as pool:
         futures: list[Future[None]] = [pool.submit(attempt, job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -158,7 +158,7 @@ def run_jobs(jobs: Sequence[Any], work: Callable[[Any], None], workers: int, sto
 def derived_digest(producer: Producer, number: int, block: int, stop: threading.Event) -> str:
     """The digest of a block of an output file, made once more and kept nowhere."""
     start, end = block_range(block, producer.plan.shards[number].size)
-    buffer = io.aligned_buffer(min(PIECE, end - start))
+    buffer = aligned_buffer(min(PIECE, end - start))
     digest = xxhash.xxh3_128()
     for first in range(start, end, PIECE):
         if stop.is_set():

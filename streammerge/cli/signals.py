@@ -9,6 +9,7 @@ twice. What was ignored when the process began stays ignored, which is what `noh
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import signal
 import socket
@@ -16,11 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from streammerge.core.errors import Interrupted
+from streammerge.core.errors import Interrupted, MachineError
+from streammerge.core.resources import started
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -34,7 +35,7 @@ TELLING = 0.25
 """Seconds for the last words of a process whose standard error may have no reader."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def interruptible(tell: Callable[[Interrupted], None]) -> Iterator[None]:
     """Raise Interrupted in the main thread at the first signal; SIGINT after that ends the process at once. `tell` says
     why it ended where the main thread does not come to it. On another thread than the main one, nothing is done."""
@@ -85,13 +86,12 @@ def _nothing(signum: int, frame: FrameType | None) -> None:
     """What is done at a signal that follows another. Not SIG_IGN: Python complains where both came at once."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watched(tell: Callable[[Interrupted], None]) -> Iterator[None]:
     """Within `with`, a thread sees every signal when it comes, whatever the main thread is busy with."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    watcher = threading.Thread(target=_watch, args=(receiver, tell), name="streammerge-signals", daemon=True)
-    watcher.start()
+    watcher = started("signals", _watch, receiver, tell)
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -126,7 +126,6 @@ def _received(receiver: socket.socket) -> bytes | None:
 
 def _end(signum: int, tell: Callable[[Interrupted], None]) -> None:
     error = Interrupted(signum)
-    words = threading.Thread(target=tell, args=(error,), daemon=True)
-    words.start()
-    words.join(TELLING)
+    with contextlib.suppress(MachineError):  # without a word, then
+        started("words", tell, error).join(TELLING)
     os._exit(error.exit_code)

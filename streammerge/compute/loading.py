@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from streammerge.core import pages
+from streammerge.core.resources import started
 
 _loading: threading.Thread | None = None
 _from_disk = False
@@ -26,8 +27,7 @@ def load_in_background() -> None:
         if _loading is None and "torch" not in sys.modules:
             found = importlib.util.find_spec("torch")
             _from_disk = found is not None and found.cached is not None and not pages.is_cached(found.cached)
-            _loading = threading.Thread(target=_load, name="streammerge-torch", daemon=True)
-            _loading.start()
+            _loading = started("torch", _load)
 
 
 def _load() -> None:

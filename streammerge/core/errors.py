@@ -73,6 +73,11 @@ class _Plain(StreamMergeError):
         return self.advice
 
 
+def _listed(items: tuple[str, ...], most: int) -> tuple[str, ...]:
+    more = (f"... {len(items) - most:,} more",) if len(items) > most else ()
+    return (*(printable(item) for item in items[:most]), *more)
+
+
 # --- 2: usage -----------------------------------------------------------------------------------------------------
 @dataclass(eq=False)
 class UsageError(_Plain, ValueError):
@@ -98,6 +103,11 @@ class BudgetError(UsageError):
 
     def hint(self) -> str:
         return f"give `--memory {-(-self.needed // 10**6)}MB` or more"
+
+
+@dataclass(eq=False)
+class MachineError(UsageError):
+    """The system does not give the process the memory or the threads that it needs to work at all."""
 
 
 # --- 3: inputs ----------------------------------------------------------------------------------------------------
@@ -223,12 +233,9 @@ class UnmatchedKeysError(AdapterError, KeyError):
             lines += [printable(entry.key) for entry in entries]
             lines += [f"  tried    {printable(name)}" for name in tried]
             lines += [f"  nearest  {printable(name)}" for name in near]
-        more = len(self.unmatched) - SHOWN
-        return (
-            (*lines, f"... {more:,} more, all of them with `streammerge inspect ADAPTER --base BASE`")
-            if more > 0
-            else tuple(lines)
-        )
+        if (more := len(self.unmatched) - SHOWN) > 0:
+            lines.append(f"... {more:,} more, all of them with `streammerge inspect ADAPTER --base BASE`")
+        return tuple(lines)
 
     def hint(self) -> str:
         return self.advice
@@ -250,9 +257,7 @@ class _About(AdapterError):
         return printable(self.reason)
 
     def details(self) -> tuple[str, ...]:
-        more = len(self.about) - SHOWN
-        shown = tuple(printable(item) for item in self.about[:SHOWN])
-        return (*shown, f"... {more:,} more") if more > 0 else shown
+        return _listed(self.about, SHOWN)
 
     def hint(self) -> str:
         return self.advice
@@ -341,9 +346,7 @@ class VerificationError(StreamMergeError):
         return f"`{printable(self.output)}` failed verification"
 
     def details(self) -> tuple[str, ...]:
-        more = len(self.problems) - 2 * SHOWN
-        shown = tuple(printable(problem) for problem in self.problems[: 2 * SHOWN])
-        return (*shown, f"... {more:,} more") if more > 0 else shown
+        return _listed(self.problems, 2 * SHOWN)
 
     def hint(self) -> str:
         return "do not use this output; merge again into a new directory"

@@ -90,11 +90,6 @@ def open_direct(path: str) -> int | None:
     return None
 
 
-def aligned_buffer(size: int) -> memoryview:
-    """New memory that direct reads and writes may use, of at least `size` bytes and a multiple of ALIGNMENT."""
-    return memoryview(mmap.mmap(-1, max(1, -(-size // ALIGNMENT)) * ALIGNMENT))
-
-
 def read_at(fd: int, path: str, offset: int, size: int) -> bytearray:
     """Exactly `size` bytes at `offset`; a short file is an InputReadError, never a short result."""
     buffer = bytearray(size)
@@ -264,7 +259,10 @@ def append(fd: int, path: str, data: bytes) -> None:
     """Add `data` to the end of a journal."""
     with _writing(path, "write"):
         while data:
-            data = data[os.write(fd, data) :]
+            count = os.write(fd, data)
+            if count == 0:
+                raise OSError(errno.EIO, f"none of {len(data):,} bytes were taken")
+            data = data[count:]
 
 
 def open_lock(path: str | os.PathLike[str]) -> int:
@@ -280,7 +278,7 @@ def takes_direct_writes(folder: str | os.PathLike[str]) -> bool:
         try:
             fd = os.open(path, kind | os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT, 0o600)
             try:
-                return os.pwrite(fd, aligned_buffer(ALIGNMENT), 0) == ALIGNMENT
+                return os.pwrite(fd, mmap.mmap(-1, ALIGNMENT), 0) == ALIGNMENT
             finally:
                 close(fd)
         except OSError as error:

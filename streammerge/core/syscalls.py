@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ def fallocate(fd: int, size: int) -> None:
 def clone_range(source: int, source_offset: int, target: int, offset: int, size: int) -> None:
     """Let a range of one open file share the blocks of another's."""
     fcntl.ioctl(target, _CLONE_RANGE, struct.pack("qQQQ", source, source_offset, size, offset))
+
+
+def new_memory(size: int) -> mmap.mmap:
+    """Memory of its own pages, all zero."""
+    return mmap.mmap(-1, size)
 
 
 def redirect_to_nothing(fd: int) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from streammerge.core import io
+from streammerge.core.resources import ThreadPool, aligned_buffer
 from streammerge.planning.memory import PIECE, WRITERS
 from streammerge.sinks.journal import Made
 from streammerge.sources.files import OpenFile
@@ -55,7 +54,7 @@ class Buffers:
     def __init__(self, count: int) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(count):
-            self._free.put(io.aligned_buffer(PIECE))
+            self._free.put(aligned_buffer(PIECE))
 
     def lease(self) -> memoryview:
         """A free buffer, as soon as there is one."""
@@ -75,7 +74,7 @@ class WriteBehind(Buffers):
 
     def __init__(self, buffers: int) -> None:
         super().__init__(buffers)
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="streammerge-write")
+        self._pool = ThreadPool(WRITERS, "write")
         self._failure: BaseException | None = None
         self._closing = False
         self._under_way = 0

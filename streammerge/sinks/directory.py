@@ -254,12 +254,12 @@ class OutputDirectory:
         self._tidy_up()
 
     def marker(self) -> dict[str, Any]:
-        """The report of the finished result. Raises OutputExistsError where it is none, InputReadError where the system
-        does not give it back."""
+        """The report of the finished result. Raises OutputExistsError where it is none, InputMissingError where it is
+        gone, InputReadError where the system does not give it back."""
         path = self.path / MARKER
         try:
             return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
-        except InputReadError:
+        except (InputMissingError, InputReadError):
             raise
         except StreamMergeError as error:
             raise OutputExistsError(

@@ -9,10 +9,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from streammerge.core import io
+from streammerge.core.resources import ThreadPool, aligned_buffer
 from streammerge.planning.memory import PIECE
 
 SUMS = "SHA256SUMS"
@@ -33,7 +34,7 @@ class FileHashes:
     """The hashes of files, one file at a time."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="streammerge-sha256")
+        self._pool = ThreadPool(1, "sha256")
         self._found: dict[str, Future[str]] = {}
         self._stop = threading.Event()
 
@@ -55,7 +56,7 @@ class FileHashes:
     def _hash(self, path: str) -> str:
         fd = io.open_input(path)
         try:
-            size, digest, buffer = io.state_of(fd, path).size, hashlib.sha256(), io.aligned_buffer(PIECE)
+            size, digest, buffer = io.state_of(fd, path).size, hashlib.sha256(), aligned_buffer(PIECE)
             for start in range(0, size, PIECE):
                 if self._stop.is_set():
                     break

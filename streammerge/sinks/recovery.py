@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from streammerge.core import io, pages
 from streammerge.core.digests import block_count, block_digest, block_range
 from streammerge.core.errors import InputError
+from streammerge.core.resources import ThreadPool
 from streammerge.planning.memory import PIECE
 from streammerge.planning.model import OutputShard
 from streammerge.sinks.journal import Block, Made, read_journal
@@ -39,7 +39,7 @@ class _Reader:
     `with` is left; what it was to read then, nobody needs."""
 
     def __init__(self, workers: int, total: int, told: Callable[[int, int], None]) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="streammerge-recover")
+        self._pool = ThreadPool(workers, "recover")
         self._total, self._told = total, told
         self._stop = threading.Event()
 

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from streammerge.core import io, machine, pages
 from streammerge.core.errors import StreamMergeError
+from streammerge.core.resources import started
 from streammerge.sources.files import TensorFiles
 
 STEP = 16 * 2**20
@@ -39,16 +40,16 @@ class ReadAhead:
         self._files, self._names, self._gently = files, names, gently
         self._window = min(WINDOW, machine.room_for_pages()) if window is None else window
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="streammerge-ahead", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ReadAhead:
         if self._files.mapped and self._window >= LEAST:
-            self._thread.start()
+            self._thread = started("ahead", self._run)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from streammerge.core import io, pages, paths
 from streammerge.core.dtypes import itemsize
 from streammerge.core.errors import InputReadError
+from streammerge.core.resources import aligned_buffer
 from streammerge.core.tensors import TensorInfo
 
 OPEN_FILES = 4
@@ -34,7 +35,7 @@ class Scratch:
     def take(self, size: int) -> memoryview:
         """At least `size` bytes, aligned for direct reads; the same ones every time."""
         if len(self._buffer) < size:
-            self._buffer = io.aligned_buffer(size)
+            self._buffer = aligned_buffer(size)
         return self._buffer
 
 

@@ -265,6 +265,10 @@ class Errors(Campaign):
                     faults.append(Fault(at, SHORT[turn % len(SHORT)], sticky=turn % 2 == 0))
                 for fault in faults:
                     tried += self.failing(fault, resumed=resumed)
+            # Threads take turns as they like: the n-th call is not always of the same kind, and here it is.
+            for kind in sorted(CUT):
+                for how in SHORT:
+                    tried += self.failing(Fault(1, how, sticky=True, kind=kind), resumed=resumed)
         return tried
 
 

@@ -4,8 +4,9 @@
 
 Without locks means by turns a file system that says that it has none, and one that grants every lock to everybody; and
 in half of these races the runs are stopped before some change to the disk and let go on in turn.
-Every third race is one of two different merges, of which every other has one with `--overwrite`. Prints one JSON
-object: how the runs ended, by exit code, what they were told, and what was wrong.
+In turn the two are the same merge, different ones, different ones of which the second has `--overwrite`, and any two
+that both have it, over the finished result of another merge. Prints one JSON object: how the runs ended, by exit code,
+what they were told, and what was wrong.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ from tests.campaigns.kills import BLOCK, CHANGES, PIECE, bytes_of
 from tests.refusals.making import BASE_CONFIG, INDEX, MARKER, STAGING
 from tests.sinks.subjects import make_small, make_subject
 
-APART = 0.3
+APART = 0.5
 """Seconds between the beginnings of two runs, at most: about as long as one takes."""
 SLOWER = 0.01
 """Seconds by which an operation is slowed down, at most."""
 CHANGES_OF_A_RUN = 110
 """More or less; a run that has fewer is not stopped."""
 DONE, REFUSED = 0, 5
+KINDS = ("same", "different", "different, one overwrites", "both overwrite")
 OTHERS: tuple[Mapping[str, Any], ...] = (
     {"dtype": "float32"}, {"max_shard_size": "1GB"}, {"max_shard_size": "60kB"}, {"weights": [0.5, 2.0, 1.0]},
 )  # fmt: skip
@@ -72,7 +74,7 @@ def slow_down(seed: int) -> None:
 
         return slow
 
-    for name in ("rename", "remove", "make_dirs", "list_dir", "list_tree", "read_file", "write_new"):
+    for name in ("rename", "remove", "make_dirs", "exists", "list_dir", "list_tree", "read_file", "write_new"):
         setattr(io, name, slowly(getattr(io, name)))
 
 
@@ -90,6 +92,19 @@ def stop_before(at: int) -> None:
 
     for name in CHANGES:
         setattr(io, name, stopping(getattr(io, name)))
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One of the commands of a race."""
+
+    options: Mapping[str, Any]
+    overwrite: bool = False
+
+    @property
+    def command(self) -> dict[str, Any]:
+        """All options."""
+        return {**self.options, "overwrite": self.overwrite}
 
 
 @dataclass(slots=True)
@@ -181,23 +196,35 @@ class Campaign:
 
     def race(self, number: int) -> None:
         """One race, and what has to hold after it."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        different = number % 3 == 2
-        second: Mapping[str, Any] = self.random.choice(OTHERS) if different else {}
-        overwrite = different and self.random.random() < 0.5
-        flock = None if self.locks else (no_locks, locks_for_all)[number % 2]
-        runs = [Run(self.root, {}), Run(self.root, {**second, "overwrite": overwrite})]
+        kind = KINDS[number % len(KINDS)]
+        flock = None if self.locks else (no_locks, locks_for_all)[number // len(KINDS) % 2]
+        merges = [Merge({}), Merge({})]
+        if kind != "same":
+            merges[1] = Merge(self.random.choice(OTHERS), overwrite=kind != "different")
+        there = self.clear(kind)
+        if kind == "both overwrite":
+            merges = [Merge(merge, overwrite=True) for merge in self.random.choices(({}, *OTHERS[1:]), k=2)]
+        runs = [Run(self.root, merge.command) for merge in merges]
         moments = self.stops(runs, flock) if flock and self.random.random() < 0.5 else self.apart(runs, flock)
         codes = tuple(run.end().code for run in runs)
-        how = "different, one overwrites" if overwrite else "different" if different else "same"
-        self.ended[f"{how}: {' '.join(map(str, codes))}"] += 1
-        case = f"{moments}, {flock.__name__ if flock else 'locks'}, {second or 'same'}, {overwrite=}: {codes}"
+        self.ended[f"{kind}: {' '.join(map(str, codes))}"] += 1
+        how = flock.__name__ if flock else "locks"
+        case = f"race {number}, {moments}, {how}, {kind}, {[merge.command for merge in merges]}: {codes}"
         for run in runs:
             if run.said:
                 self.told[without_names(run.said, self.root)] += 1
             if run.code not in (DONE, REFUSED):
                 self.wrong.append(f"{case}: {run.said[:300]}")
-        self.judge(case, [{}, second], codes, overwrite=overwrite)
+        self.judge(case, merges, codes, there)
+
+    def clear(self, kind: str) -> dict[str, bytes]:
+        """Make the output ready for a race: nothing, or the result of another merge."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        there = self.healthy[str(OTHERS[0])] if kind == "both overwrite" else {}
+        for name, data in there.items():
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.out / name).write_bytes(data)
+        return there
 
     def apart(self, runs: list[Run], flock: Callable[..., None] | None) -> str:
         """Let two runs begin one after the other, both of them slowed down."""
@@ -215,23 +242,23 @@ class Campaign:
             run.stopped()
         return f"stopped before changes {moments}"
 
-    def judge(self, case: str, merges: list[Mapping[str, Any]], codes: tuple[int, ...], *, overwrite: bool) -> None:
-        """The output is one of the merges or nothing that a loader takes; who says that it is done is right unless it
-        was replaced; and one of the commands finishes what is left."""
+    def judge(self, case: str, merges: list[Merge], codes: tuple[int, ...], there: Mapping[str, bytes]) -> None:
+        """The output is one of the merges, what was there before, or nothing that a loader takes; who says that it is
+        done is right unless it was replaced; and one of the commands finishes what is left."""
         found = {name: data for name, data in bytes_of(self.out).items() if not name.startswith(f"{STAGING}/")}
-        results = [self.healthy[str(options)] for options in merges]
-        if MARKER in found and found not in results:
+        results = [self.healthy[str(merge.options)] for merge in merges]
+        if MARKER in found and found not in (*results, there):
             self.wrong.append(f"{case}: a mixture: {unlike(found, results)}")
         if MARKER not in found and (BASE_CONFIG in found or INDEX in found):
             self.wrong.append(f"{case}: a loader takes {sorted(found)}")
         done = [result for result, code in zip(results, codes, strict=True) if code == DONE]
         if done and found not in done:
             self.wrong.append(f"{case}: said to be done, and is not there: {sorted(found)}")
-        if codes == (DONE, DONE) and merges[0] != merges[1] and not overwrite:
+        if codes == (DONE, DONE) and results[0] != results[1] and not any(merge.overwrite for merge in merges):
             self.wrong.append(f"{case}: both said to be done")
         after = []
-        for options, result in zip(merges, results, strict=True):
-            run = self.alone(options)
+        for merge, result in zip(merges, results, strict=True):
+            run = self.alone(merge.command)
             after.append(run.said or "done")
             if run.code == DONE and bytes_of(self.out) == result:
                 return

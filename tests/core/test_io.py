@@ -147,6 +147,21 @@ def test_an_existing_path_is_never_opened_for_writing(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_disk_that_takes_nothing_of_a_write_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+
+    def half(fd: int, data: bytes) -> int:
+        assert next(calls) < 999, "it is tried for ever"
+        return write(fd, data[: len(data) // 2])
+
+    fd, write = io.open_journal(tmp_path / "f"), os.write
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(WriteError, match="cannot write `f`: none of 1 bytes were taken"):
+        io.append(fd, "f", b"eight of")
+    os.close(fd)
+    assert (tmp_path / "f").read_bytes() == b"eight o"
+
+
 OPERATIONS: dict[str, tuple[str, Callable[[Path, int], object], str]] = {
     "mkdir": ("makedirs", lambda path, fd: io.make_dirs(path), "create the directory"),
     "open": ("open", lambda path, fd: io.create(path), "create"),

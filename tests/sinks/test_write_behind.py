@@ -11,6 +11,7 @@ import pytest
 
 from streammerge.core import io
 from streammerge.core.errors import WriteError
+from streammerge.core.resources import aligned_buffer
 from streammerge.planning.memory import PIECE, WRITERS, buffer_count
 from streammerge.sinks.buffers import WriteBehind
 from streammerge.sinks.null import NullSink
@@ -76,7 +77,7 @@ def test_buffers_are_whole_pieces_that_begin_on_pages(behind: WriteBehind) -> No
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 3 * 2**20 + 1])
 def test_an_aligned_buffer_is_the_next_multiple_of_a_page(size: int) -> None:
-    buffer = io.aligned_buffer(size)
+    buffer = aligned_buffer(size)
     assert address(buffer) % 4096 == 0
     assert len(buffer) == -(-size // 4096) * 4096
 
