@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,85 +108,103 @@ def _serve(root: Path, target: Path, control: Control, *, direct: bool) -> None:
     os.dup2(nowhere, 2)  # it complains that somebody else has unmounted it
     try:
         mfusepy.FUSE(
-            _operations(root, control), str(target), foreground=True, nothreads=True, direct_io=direct,
+            Passthrough(root, control), str(target), foreground=True, nothreads=True, direct_io=direct,
             attr_timeout=0, entry_timeout=0,
         )  # fmt: skip
     finally:
         os._exit(0)
 
 
-def _operations(root: Path, control: Control) -> Any:
-    """The operations of a server: mfusepy is there only where it was asked for."""
-    from mfusepy import FuseOSError, Operations
+class Passthrough:
+    """The operations of a server, as mfusepy calls them: on the same path below another root, if no fault strikes."""
 
-    def meets(operation: str) -> Fault | None:
-        fault = control.met(operation)
+    def __init__(self, root: Path, control: Control) -> None:
+        self._root, self._control = root, control
+
+    def _meets(self, operation: str) -> Fault | None:
+        fault = self._control.met(operation)
         if fault and fault.errno:
-            raise FuseOSError(fault.errno)
+            raise OSError(fault.errno, os.strerror(fault.errno))
         return fault
 
-    def plain(operation: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def handled(_: object, path: str, *arguments: Any) -> Any:
-            meets(operation)
-            return call(f"{root}{path}", *arguments)
+    def _at(self, path: str) -> str:
+        return f"{self._root}{path}"
 
-        return handled
+    # --- what is there ---
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
+        self._meets("getattr")
+        return _fields(os.lstat(self._at(path)), "st_")
 
-    class Passthrough(Operations):
-        """What has a body of its own; the rest is below."""
+    def statfs(self, path: str) -> dict[str, Any]:
+        return _fields(os.statvfs(self._at(path)), "f_")
 
-        def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
-            meets("getattr")
-            found = os.lstat(f"{root}{path}")
-            return {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+    def opendir(self, path: str) -> int:
+        self._meets("opendir")
+        return 0
 
-        def open(self, path: str, flags: int) -> int:
-            meets("open")
-            return os.open(f"{root}{path}", flags & ~(os.O_DIRECT | os.O_APPEND))
+    def readdir(self, path: str, fh: int) -> list[str]:
+        return [".", "..", *os.listdir(self._at(path))]
 
-        def create(self, path: str, mode: int, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-            meets("create")
-            return os.open(f"{root}{path}", flags & ~(os.O_DIRECT | os.O_APPEND) | os.O_CREAT, mode)
+    # --- files ---
+    def open(self, path: str, flags: int) -> int:
+        self._meets("open")
+        return os.open(self._at(path), flags & ~(os.O_DIRECT | os.O_APPEND))
 
-        def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-            fault = meets("read")
-            if fault and fault.action == "shrink":
-                os.truncate(f"{root}{path}", os.stat(f"{root}{path}").st_size // 2)
-            return os.pread(fh, max(1, size // 2) if fault and fault.action == "half" else size, offset)
+    def create(self, path: str, mode: int, flags: int = os.O_RDWR) -> int:
+        self._meets("create")
+        return os.open(self._at(path), flags & ~(os.O_DIRECT | os.O_APPEND) | os.O_CREAT, mode)
 
-        def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-            half = meets("write") is not None and len(data) > 1
-            return os.pwrite(fh, data[: len(data) // 2] if half else data, offset)
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        fault = self._meets("read")
+        if fault and fault.action == "shrink":
+            os.truncate(self._at(path), os.stat(self._at(path)).st_size // 2)
+        return os.pread(fh, max(1, size // 2) if fault and fault.action == "half" else size, offset)
 
-        def readdir(self, path: str, fh: int) -> list[str]:
-            return [".", "..", *os.listdir(f"{root}{path}")]
+    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
+        half = self._meets("write") is not None and len(data) > 1
+        return os.pwrite(fh, data[: len(data) // 2] if half else data, offset)
 
-        def statfs(self, path: str) -> dict[str, int]:
-            found = os.statvfs(f"{root}{path}")
-            return {name: getattr(found, name) for name in dir(found) if name.startswith("f_")}
+    def truncate(self, path: str, length: int, fh: int | None = None) -> None:
+        os.truncate(self._at(path), length)
 
-        def rename(self, old: str, new: str) -> None:
-            meets("rename")
-            os.rename(f"{root}{old}", f"{root}{new}")
+    def fallocate(self, path: str, mode: int, offset: int, size: int, fh: int) -> int:
+        self._meets("fallocate")
+        os.posix_fallocate(fh, offset, size)
+        return 0
 
-        def truncate(self, path: str, length: int, fh: int | None = None) -> None:
-            os.truncate(f"{root}{path}", length)
+    def flush(self, path: str, fh: int) -> int:
+        self._meets("flush")
+        return 0
 
-        def fallocate(self, path: str, mode: int, offset: int, size: int, fh: int) -> int:
-            meets("fallocate")
-            os.posix_fallocate(fh, offset, size)
-            return 0
+    def fsync(self, path: str, datasync: int, fh: int) -> None:
+        self._meets("fsync")
+        os.fsync(fh)
 
-    calls: dict[str, Callable[..., Any]] = {
-        "flush": lambda path, fh: 0,
-        "release": lambda path, fh: os.close(fh),
-        "fsync": lambda path, datasync, fh: os.fsync(fh),
-        "fsyncdir": lambda path, datasync, fh: 0,
-        "opendir": lambda path: 0,
-        "mkdir": os.mkdir,
-        "rmdir": os.rmdir,
-        "unlink": os.unlink,
-    }
-    for name, call in calls.items():
-        setattr(Passthrough, name, plain(name, call))
-    return Passthrough()
+    def release(self, path: str, fh: int) -> None:
+        self._meets("release")
+        os.close(fh)
+
+    # --- directories ---
+    def fsyncdir(self, path: str, datasync: int, fh: int) -> int:
+        self._meets("fsyncdir")
+        return 0
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self._meets("mkdir")
+        os.mkdir(self._at(path), mode)
+
+    def rmdir(self, path: str) -> None:
+        self._meets("rmdir")
+        os.rmdir(self._at(path))
+
+    def unlink(self, path: str) -> None:
+        self._meets("unlink")
+        os.unlink(self._at(path))
+
+    def rename(self, old: str, new: str) -> None:
+        self._meets("rename")
+        os.rename(self._at(old), self._at(new))
+
+
+def _fields(found: os.stat_result | os.statvfs_result, prefix: str) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in dir(found) if name.startswith(prefix)}
