@@ -11,8 +11,8 @@ import pytest
 
 from streammerge.core import io
 from streammerge.core.errors import WriteError
-from streammerge.sinks.directory import OutputDirectory
 from streammerge.sinks.hashes import SUMS, sums_of
+from streammerge.sinks.run_folder import RunFolder
 from tests.refusals.making import BASE_CONFIG, INDEX, MARKER, call, inputs_at, merged, tree_digest
 from tests.verification.outputs import FIRST, ORIGIN, SECOND, failed, flip
 
@@ -90,15 +90,15 @@ def test_a_run_that_was_stopped_after_the_sums_goes_on_and_one_without_them_take
 ) -> None:
     base, adapter = inputs_at(tmp_path)
     merged(base, adapter, tmp_path / "healthy", "--sha256")
-    real = OutputDirectory.put
+    real = RunFolder.put
 
-    def stop(self: OutputDirectory, name: str, data: bytes, **options: Path) -> None:
+    def stop(self: RunFolder, name: str, data: bytes, home: Path) -> None:
         if name == INDEX:
             raise WriteError(name, "stop at", "for the test")
-        real(self, name, data, **options)
+        real(self, name, data, home)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OutputDirectory, "put", stop)
+        patch.setattr(RunFolder, "put", stop)
         assert call("run", base, adapter, "-o", tmp_path / "out", "--sha256").code == 7
     assert io.exists(tmp_path / "out" / SUMS)
     merged(base, adapter, tmp_path / "out", "--sha256")
