@@ -28,6 +28,7 @@ from typing import Any
 
 import streammerge
 from streammerge.core import io, locks
+from streammerge.sinks.run_folder import TAKEN
 from tests.campaigns.kills import KILLED, Campaign, bytes_of, prepared, verdict, warm_up
 from tests.campaigns.layouts import roots_of
 from tests.campaigns.order import ORDER
@@ -79,6 +80,7 @@ class Disturber:
         self.fault, self.note = fault, note
         self.kinds: list[str] = []
         self._kind: str | None = None
+        self._made_up_for = False
         self._lock = threading.Lock()
         for name in OS_CALLS:
             setattr(os, name, self._disturbed(name, getattr(os, name), of_package=True))
@@ -99,6 +101,7 @@ class Disturber:
                 hit = fault is not None and counts and count == fault.at
                 if hit:
                     self._kind = name
+                    self._made_up_for = name == "replace" and Path(arguments[1]).name == TAKEN
                 hit = hit or (fault is not None and fault.sticky and self._kind == name)
             if not hit or fault is None:
                 return real(*arguments, **options)
@@ -111,8 +114,9 @@ class Disturber:
         return disturbed
 
     def write_down(self) -> None:
-        """All calls by their kinds, and which kind was failed."""
-        self.note.write_text(json.dumps({"kinds": self.kinds, "kind": self._kind}))
+        """All calls by their kinds, and which kind was failed; what cannot be moved away is removed where it is."""
+        kind = f"{self._kind} on the way out" if self._made_up_for else self._kind
+        self.note.write_text(json.dumps({"kinds": self.kinds, "kind": kind}))
 
 
 class _Mapping:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,8 @@ class Judges:
         sharded, subject, overwrite, foreign = (
             self.campaigns[name] for name in ("sharded", "subject", "overwrite", "foreign")
         )
-        # Between the removals of the old report and of the old config.json and index.
-        cut = overwrite.changes.index("remove", overwrite.changes.index("rename")) + 2
+        # Between the removals of the old report and of the old config.json and index, which are moved away first.
+        cut = next(n for n, pair in enumerate(pairwise(overwrite.changes)) if pair == ("rename", "remove")) + 3
         steps: list[Callable[[], object]] = [subject.linked, foreign.point]
         steps += [partial(overwrite.point, cut, again) for again in range(44, 60, 4)]
         steps += [partial(subject.point, at, damaged=True) for at in range(80, subject.operations, 45)]
