@@ -3,7 +3,7 @@
     python -m tests.campaigns.syscalls FOLDER [--points N]
 
 A first run under strace says which calls there are. For each point the command runs again, in a process namespace of
-its own, so that temporary files have the same names, and is killed as it enters that call: told by its name, its path
+its own, so that all files have the same names, and is killed as it enters that call: told by its name, its path
 and how many of them came before. Then the same command, without strace, has to finish. Every run loads torch.
 """
 
@@ -40,6 +40,13 @@ KILLED = 137
 PATIENCE = 300
 LAYOUTS: dict[str, tuple[str, ...]] = {"new": (), "overwrite": ("--overwrite", "--sha256", "--io", "buffered")}
 """Further options of the command."""
+SAME_PATHS = """
+from streammerge.cli.main import script
+from streammerge.sinks import run_folder
+run_folder.RANDOM_BYTES = 0
+script()
+"""
+"""The command, but for the random part in the name of its folder."""
 LINE = re.compile(r"(?P<thread>\d+) +(?:(?P<call>\w+)\((?P<rest>.*)|<\.\.\. (?P<resumed>\w+) resumed>(?P<end>.*))")
 
 
@@ -69,10 +76,11 @@ class RealCommand:
         self.healthy = bytes_of(self.out)
         self.inputs = snapshot(self.base, self.adapter)
 
-    def command(self, *more: str, options: Sequence[str] | None = None) -> list[str]:
-        """What is run."""
+    def command(self, *more: str, options: Sequence[str] | None = None, same: bool = False) -> list[str]:
+        """What is run; with the `same` paths every time, if strace is to know them."""
         chosen = self.options if options is None else options
-        named = (sys.executable, "-m", "streammerge", "run", self.base, self.adapter, "-o", self.out, "-j", "1")
+        program = ("-c", SAME_PATHS) if same else ("-m", "streammerge")
+        named = (sys.executable, *program, "run", self.base, self.adapter, "-o", self.out, "-j", "1")
         return [*map(str, named), *chosen, *more]
 
     def run(self, *more: str, options: Sequence[str] | None = None) -> None:
@@ -84,7 +92,7 @@ class RealCommand:
     def traced(self, *tracing: str) -> subprocess.CompletedProcess[str]:
         """The command under strace, in a process namespace."""
         # Not the first process of it, which is treated unlike others.
-        inside = ["unshare", "--pid", "--fork", "sh", "-c", '"$@"; exit $?', "sh", *self.command()]
+        inside = ["unshare", "--pid", "--fork", "sh", "-c", '"$@"; exit $?', "sh", *self.command(same=True)]
         return run(["strace", "--follow-forks", "-qq", *tracing, *inside])
 
     def prepare(self) -> None:
