@@ -21,6 +21,7 @@ from streammerge.planning.build import build_plan
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report
 from streammerge.sinks.directory import MARKER
+from streammerge.sinks.records import read_inputs
 from streammerge.sources.adapter import Adapter, open_adapter
 from streammerge.sources.ahead import ReadAhead
 from streammerge.sources.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +31,7 @@ from streammerge.verification import (
     DEFAULT_SAMPLE,
     Sample,
     check_after_run,
-    recorded_inputs,
+    check_earlier,
     verify_against,
 )
 
@@ -64,7 +65,9 @@ def merge(
     with ReadAhead(checkpoint.files, files, gently=wants_the_disk):
         inputs, plan = _prepare(checkpoint, adapters, weights, chosen)
         report = execute(plan, inputs, Path(output), chosen, with_bar)
-        if not verify or report.status != "done":
+        if report.status != "done":
+            return check_earlier(report)
+        if not verify:
             return report
         with_bar(Event("verify"))
         return check_after_run(plan, inputs, report, chosen.device)
@@ -170,7 +173,7 @@ def _inputs_of(
     output: Path, base: PathLike | None, adapters: PathLike | Sequence[PathLike] | None, rules: str | None
 ) -> tuple[tuple[str, list[str], str] | None, str]:
     """Base, adapters and table of rules to verify against; or None and why not."""
-    recorded = recorded_inputs(output)
+    recorded = read_inputs(output)
     texts = (
         None
         if adapters is None
@@ -178,9 +181,9 @@ def _inputs_of(
         if isinstance(adapters, str | Path)
         else [str(item) for item in adapters]
     )
-    base_text = str(base) if base is not None else recorded[0] if recorded else None
-    adapter_texts = texts if texts is not None else recorded[1] if recorded else None
-    rules_text = rules if rules is not None else recorded[2] if recorded else ""
+    base_text = str(base) if base is not None else recorded["base"] if recorded else None
+    adapter_texts = texts if texts is not None else recorded["adapters"] if recorded else None
+    rules_text = rules if rules is not None else recorded.get("rules", "") if recorded else ""
     if base_text is None or adapter_texts is None:
         return None, "where base and adapters are is not recorded"
     if base is None and adapters is None:

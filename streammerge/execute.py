@@ -27,9 +27,10 @@ from streammerge.core.options import Options
 from streammerge.planning.memory import buffer_count
 from streammerge.planning.model import MergePlan, OutputShard
 from streammerge.report import Report, WrittenFile, document_of, origin_of
-from streammerge.sinks.directory import CONFIG, INDEX, INPUTS, MARKER, OutputDirectory, State
+from streammerge.sinks.directory import CONFIG, INDEX, MARKER, OutputDirectory, State
 from streammerge.sinks.hashes import SUMS, FileHashes, sums_of
 from streammerge.sinks.journal import read_journal
+from streammerge.sinks.records import INPUTS
 from streammerge.sinks.recovery import Recovered, recover
 from streammerge.sinks.run_folder import vanished
 from streammerge.sinks.shards import ShardSink, Told, copy_file
@@ -75,7 +76,7 @@ def execute(
                 refuse_io(chosen.io, output)
             is_ours = directory.claim(about, files, overwrite=chosen.overwrite)
         if not is_ours:
-            return Report(output, read_report(output), "already complete", time.monotonic() - began)
+            return Report(output, directory.marker(), "already complete", time.monotonic() - began)
         publisher = Publisher(plan, inputs, directory, progress)
         try:
             with _undisturbed(output):
@@ -99,11 +100,6 @@ def _undisturbed(output: Path) -> Iterator[None]:
             raise
         reason = f"another run is at work on `{output}`: `{error.path}` vanished while it was in use"
         raise OutputExistsError(reason, "wait for it, and run the same command again") from None
-
-
-def read_report(output: Path) -> dict[str, Any]:
-    """The report of a finished result."""
-    return strict_json.loads(io.read_file(output / MARKER, strict_json.MAX_BYTES), str(output / MARKER))
 
 
 def refuse_io(mode: str, output: Path) -> None:

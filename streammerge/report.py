@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streammerge.compute.tile import TileStats
 from streammerge.core.digests import file_digest, sealed
-from streammerge.core.options import Options
 from streammerge.core.tensors import Operation, OutputTensor, Stored
 from streammerge.planning.model import MergePlan
 from streammerge.planning.tiles import grid_of
@@ -164,31 +163,6 @@ def document_of(
         "code": list(plan.code),
     }
     return sealed(document)
-
-
-def malformed_part(document: Mapping[str, Any]) -> str | None:
-    """The first part of a report that is not of the kind `document_of` writes there, None for one that is whole."""
-    kinds = {
-        "arithmetic": int, "plan": str, "fingerprint": str, "base": dict, "adapters": list, "options": dict,
-        "tensors": dict, "files": dict, "sidecars": dict,
-    }  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(document.get(name), kind):
-            return name
-    if not document["options"].keys() <= {item.name for item in fields(Options)}:
-        return "options"
-    parts: Mapping[str, tuple[Iterable[Any], Mapping[str, Any]]] = {
-        "base": ([document["base"]], {"digest": str}),
-        "adapters": (document["adapters"] or [None], {"digest": str, "weight": int | float}),
-        "tensors": (document["tensors"].values(), {"dtype": str, "shape": list}),
-        "files": (document["files"].values(), {"size": int, "blocks": list}),
-        "sidecars": (document["sidecars"].values(), {"size": int, "blocks": list}),
-    }
-    for name, (entries, wanted) in parts.items():
-        for entry in entries:
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in wanted.items()):
-                return name
-    return None
 
 
 def _tensor_data(tensor: OutputTensor, stats: StatsCollector) -> dict[str, Any]:

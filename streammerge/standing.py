@@ -1,6 +1,6 @@
 """What an output directory holds, and what a run into it would do: for people who find one, and for scripts.
 
-Reads names, the report and what unfinished runs wrote down of themselves; no weights.
+Reads names, headers, reports and what unfinished runs wrote down of themselves; no weights.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.core import io, strict_json
+from streammerge.core import io
 from streammerge.core.digests import block_count, block_range
+from streammerge.core.errors import VerificationError
 from streammerge.core.locks import lock
 from streammerge.core.text import printable, size_text
-from streammerge.sinks.directory import INPUTS, LOCK, STAGING, OutputDirectory, State
+from streammerge.integrity import verify_but_weights
+from streammerge.sinks.directory import LOCK, STAGING, OutputDirectory, State
 from streammerge.sinks.journal import read_journal
+from streammerge.sinks.records import read_inputs
 
 STATUS_VERSION = 1
 NEXT = {
@@ -41,12 +44,18 @@ class Standing:
 @dataclass(frozen=True, slots=True)
 class OutputStatus:
     """What `output` holds. `at_work` says that another process holds its lock; the finished result comes first in
-    `merges`, unfinished runs follow."""
+    `merges`, unfinished runs follow; `problems` are what is wrong with a finished result, its tensors not looked at."""
 
     output: Path
     state: State
     at_work: bool
     merges: tuple[Standing, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def next(self) -> str:
+        """What a run into it would do."""
+        return "every run is refused without `--overwrite`" if self.problems else NEXT[self.state]
 
     def as_data(self) -> dict[str, Any]:
         """The status as plain JSON values."""
@@ -62,7 +71,7 @@ class OutputStatus:
         ]
         state = self.state.name.lower()
         data = {"version": STATUS_VERSION, "output": str(self.output), "state": state, "at_work": self.at_work}
-        return {**data, "next": NEXT[self.state], "merges": merges}
+        return {**data, "next": self.next, "merges": merges, "problems": list(self.problems)}
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.state.value}"]
@@ -70,9 +79,10 @@ class OutputStatus:
             done = f"{size_text(merge.written)} of {size_text(merge.size)} written"
             adapters = ", ".join(printable(adapter) for adapter in merge.adapters)
             lines.append(f"  {adapters} into {printable(merge.base)}: {done}")
+        lines += [f"  damaged: {line}" for line in VerificationError(str(self.output), self.problems).details()]
         if self.at_work:
             lines.append("  a run is at work on it now")
-        return "\n".join([*lines, f"  next: {NEXT[self.state]}"])
+        return "\n".join([*lines, f"  next: {self.next}"])
 
 
 def status_of(output: Path) -> OutputStatus:
@@ -84,28 +94,32 @@ def status_of(output: Path) -> OutputStatus:
     if state is State.FINISHED:
         report = directory.marker()
         size = sum(int(entry["size"]) for entry in report["files"].values())
-        merges.append(_standing(report, _recorded(output), size, size))
+        merges.append(_standing(report, read_inputs(output) or {}, size, size))
     for folder, run in directory.runs().items():
         sizes = run.get("sizes") or []
         spans = (block_range(block, sizes[n]) for n, block in read_journal(folder) if _known(sizes, n, block))
         merges.append(_standing(run, run.get("inputs") or {}, sum(end - start for start, end in spans), sum(sizes)))
-    return OutputStatus(output, state, _is_locked(output), tuple(merges))
+    problems = _problems(output) if state is State.FINISHED else ()
+    return OutputStatus(output, state, _is_locked(output), tuple(merges), problems)
+
+
+def _problems(output: Path) -> tuple[str, ...]:
+    try:
+        verify_but_weights(output)
+    except VerificationError as error:
+        return error.problems
+    return ()
 
 
 def _standing(origin: Mapping[str, Any], inputs: Mapping[str, Any], written: int, size: int) -> Standing:
     """A merge, its inputs by where they were, or by their ids where that is not known."""
-    adapters = inputs.get("adapters") or [item["id"] for item in origin["adapters"]]
-    base = inputs.get("base") or origin["base"]["id"]
-    return Standing(str(origin["fingerprint"]), str(base), tuple(map(str, adapters)), written, size)
-
-
-def _recorded(output: Path) -> dict[str, Any]:
-    path = output / INPUTS
-    return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path)) if io.exists(path) else {}
+    adapters = inputs.get("adapters") or [item.get("id", "?") for item in origin.get("adapters") or ()]
+    base = inputs.get("base") or (origin.get("base") or {}).get("id", "?")
+    return Standing(origin["fingerprint"], base, tuple(adapters), written, size)
 
 
 def _known(sizes: list[int], number: int, block: int) -> bool:
-    return number < len(sizes) and block < block_count(sizes[number])
+    return 0 <= number < len(sizes) and 0 <= block < block_count(sizes[number])
 
 
 def _is_locked(output: Path) -> bool:

@@ -4,9 +4,10 @@ of them. What the report alone proves is `integrity`'s. Problems are collected a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,28 @@ from streammerge.compute.devices import device_of
 from streammerge.compute.produce import Producer
 from streammerge.core import io, strict_json
 from streammerge.core.digests import block_count, block_range
-from streammerge.core.errors import InputError, InputMissingError, OutputExistsError, VerificationError
+from streammerge.core.errors import (
+    InputError,
+    InputMissingError,
+    OutputExistsError,
+    UnfinishedOutputError,
+    VerificationError,
+)
 from streammerge.core.text import some_of
 from streammerge.execute import fingerprint_of
-from streammerge.integrity import WHOLE, Findings, NamedBlock, Part, check_block, check_listing, check_structure
+from streammerge.integrity import (
+    WHOLE,
+    Findings,
+    NamedBlock,
+    Part,
+    check_block,
+    check_listing,
+    check_structure,
+    verify_but_weights,
+)
 from streammerge.planning.model import MergePlan
 from streammerge.report import Report, origin_of
-from streammerge.sinks.directory import INPUTS, MARKER
+from streammerge.sinks.directory import MARKER
 from streammerge.sinks.records import told_apart
 from streammerge.stream import Inputs, derived_digest, run_jobs
 
@@ -37,27 +53,6 @@ class Sample:
 
     share: float = DEFAULT_SAMPLE
     part: Part = WHOLE
-
-
-def recorded_inputs(output: Path) -> tuple[str, list[str], str] | None:
-    """Where base, adapters and a table of rules (or nothing) were when the output was made, if that was recorded and
-    makes sense."""
-    path = output / INPUTS
-    if not io.exists(path):
-        return None
-    try:
-        data = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
-    except InputError:
-        return None
-    base, adapters, rules = data.get("base"), data.get("adapters"), data.get("rules", "")
-    if (
-        not isinstance(base, str)
-        or not isinstance(rules, str)
-        or not isinstance(adapters, list)
-        or not all(isinstance(item, str) for item in adapters)
-    ):
-        return None
-    return base, adapters, rules
 
 
 def verify_against(
@@ -109,9 +104,26 @@ def check_after_run(plan: MergePlan, inputs: Inputs, report: Report, device: str
     """The check that follows a run: structure, coverage, and a sample of blocks read back and derived again.
 
     Raises VerificationError, or OutputExistsError where another run has replaced the result meanwhile."""
-    try:
+    with _unless_replaced(report):
         return _check_after_run(plan, inputs, report, device)
-    except (VerificationError, InputError):
+
+
+def check_earlier(report: Report) -> Report:
+    """The check of a result that an earlier run has left: all of it but the bytes of its tensors.
+
+    Raises like `check_after_run`."""
+    began = time.monotonic()
+    with _unless_replaced(report):
+        document = verify_but_weights(report.output)
+    return replace(report, document=document, seconds=report.seconds + time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _unless_replaced(report: Report) -> Iterator[None]:
+    """While the result of a run is looked at: what is wrong there is not its fault where another run's is there now."""
+    try:
+        yield
+    except (VerificationError, UnfinishedOutputError, InputError):
         if _is_in_place(report):
             raise
         reason = f"another run is at work on `{report.output}`: it has replaced this result while it was checked"
@@ -121,7 +133,8 @@ def check_after_run(plan: MergePlan, inputs: Inputs, report: Report, device: str
 def _is_in_place(report: Report) -> bool:
     """Whether the report in an output is the one of this run, as far as that can be told."""
     try:
-        return io.read_file(report.output / MARKER, strict_json.MAX_BYTES) == strict_json.dumps(report.document)
+        path = report.output / MARKER
+        return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path)) == report.document
     except InputMissingError:
         return False
     except InputError:

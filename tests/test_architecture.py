@@ -18,8 +18,8 @@ import streammerge
 PACKAGE = Path(streammerge.__file__).parent
 ROOMS = (
     "core", "formats", "names", "methods", "sources", "planning", "compute", "sinks", "report", "stream",
-    "execute", "standing",
-    "integrity", "verification", "view", "inspection", "progress", "api", "__init__", "demo", "cli", "__main__",
+    "execute", "integrity", "standing",
+    "verification", "view", "inspection", "progress", "api", "__init__", "demo", "cli", "__main__",
 )  # fmt: skip
 """Rooms and single modules in the order of the data's way; each imports only itself and those to its left."""
 NEVER = {"transformers", "peft", "accelerate"}

@@ -80,7 +80,7 @@ def _json_progress(output: Output) -> Progress:
 
 def _sentence(report: Report) -> str:
     if report.status == "already complete":
-        return "already complete: this very merge is there and finished"
+        return "already complete: this very merge is there and finished; `streammerge verify` reads its weights again"
     written = sum(item["size"] for item in report.document["files"].values())
     words = [
         f"{count_text(report.changed, 'tensor')} changed",

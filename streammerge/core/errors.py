@@ -349,7 +349,7 @@ class VerificationError(StreamMergeError):
         return _listed(self.problems, 2 * SHOWN)
 
     def hint(self) -> str:
-        return "do not use this output; merge again into a new directory"
+        return "do not use this output; merge again, into a new directory or with `--overwrite`"
 
 
 # --- 7: writing -----------------------------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from streammerge.core import io, strict_json
 from streammerge.core.errors import InputMissingError, InputReadError, OutputExistsError, StreamMergeError
 from streammerge.core.locks import Lock, lock
 from streammerge.core.text import some_of
-from streammerge.sinks.records import RUN, changed_files, files_of, read_run, told_apart
+from streammerge.sinks.records import INPUTS, RUN, changed_files, files_of, malformed_part, read_run, told_apart
 from streammerge.sinks.run_folder import RunFolder, empty, vanishing
 
 STAGING = ".streammerge"
 MARKER = "streammerge.json"
-INPUTS = ".streammerge-inputs.json"
 LOCK = "lock"
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LATE = (INDEX, CONFIG, MARKER)
@@ -256,15 +255,16 @@ class OutputDirectory:
     def marker(self) -> dict[str, Any]:
         """The report of the finished result. Raises OutputExistsError where it is none, InputMissingError where it is
         gone, InputReadError where the system does not give it back."""
-        path = self.path / MARKER
+        path, hint = self.path / MARKER, "choose another `--output`"
         try:
-            return strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+            report = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
         except (InputMissingError, InputReadError):
             raise
         except StreamMergeError as error:
-            raise OutputExistsError(
-                f"`{path}` is there and cannot be read: {error}", "choose another `--output`"
-            ) from error
+            raise OutputExistsError(f"`{path}` is there and cannot be read: {error}", hint) from error
+        if part := malformed_part(report):
+            raise OutputExistsError(f"`{path}` is there and is no report of ours: it has no usable `{part}`", hint)
+        return report
 
     def _remove(self, files: Sequence[str]) -> None:
         """Remove a result or what was published of one, what loaders go by first, and whatever is staged but the record

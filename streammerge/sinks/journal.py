@@ -81,6 +81,8 @@ def _parsed(line: bytes) -> tuple[Block, Made] | None:
         return None
     try:
         shard, block, digest, notes = json.loads(text)
+        if not type(shard) is type(block) is int:
+            return None
         return (shard, block), Made(str(digest), tuple(_note(*note) for note in notes))
     except (ValueError, TypeError, RecursionError):
         return None

@@ -1,21 +1,93 @@
 """What runs and reports say of themselves: whose an output is, which files belong to it, what tells it from another.
 
-Records are read as they lie in the output, where anybody may have changed them: nothing here follows a name in one.
+Records are read as they lie in the output, where anybody may have changed them: nothing here follows a name in one, and
+what is not of the kind that we write there is found before anything is looked up in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from streammerge.core import io, strict_json
 from streammerge.core.digests import is_sealed
-from streammerge.core.errors import InputMissingError, MalformedInputError
+from streammerge.core.errors import InputError, InputMissingError, MalformedInputError
+from streammerge.core.options import Options
 from streammerge.core.text import some_of
 
+INPUTS = ".streammerge-inputs.json"
+"""Beside a report: where base and adapters were."""
 RUN = "run.json"
 """In the folder of a run: which plan and inputs it belongs to, and the files it would write."""
+
+EACH = "*"
+"""Stands for every name that an object has."""
+_NUMBER = int | float
+_ORIGIN = {
+    "fingerprint": str,
+    "arithmetic": int,
+    "plan": str,
+    "base": {"id": str, "digest": str},
+    "adapters": [{"id": str, "digest": str, "weight": _NUMBER}],
+    "options": dict,
+}
+_INPUTS = {"base": str, "adapters": [str], "rules": str}
+_FILES = {EACH: {"size": int, "blocks": [str]}}
+_REPORT = {
+    **_ORIGIN,
+    "tensors": {EACH: {"dtype": str, "shape": [int]}},
+    "files": _FILES,
+    "sidecars": _FILES,
+    "code": [str],
+}
+_RUN = {
+    **_ORIGIN,
+    "files": [str],
+    "sizes": [int],
+    "inputs": _INPUTS,
+    "base_files": {EACH: [int]},
+}
+"""What stands in a report and in the record of a run, as far as somebody looks at it: a kind, a list of one kind, or an
+object by its names."""
+
+
+def read_inputs(output: Path) -> dict[str, Any] | None:
+    """Where `base`, `adapters` and perhaps a table of `rules` were when a result was made, None where that was not
+    written down or somebody has damaged it."""
+    path = output / INPUTS
+    if not io.exists(path):
+        return None
+    try:
+        inputs = strict_json.loads(io.read_file(path, strict_json.MAX_BYTES), str(path))
+    except InputError:
+        return None
+    return inputs if {"base", "adapters"} <= inputs.keys() and _has(inputs, _INPUTS, whole=False) else None
+
+
+def malformed_part(report: Mapping[str, Any]) -> str | None:
+    """The first part of a report that is missing or not of the kind that we write, None for one that is whole."""
+    for name, shape in _REPORT.items():
+        if name not in report or not _has(report[name], shape, whole=True):
+            return name
+    known = {item.name for item in fields(Options)}
+    if not report["adapters"]:
+        return "adapters"
+    return None if report["options"].keys() <= known else "options"
+
+
+def _has(value: Any, shape: Any, *, whole: bool) -> bool:
+    """Whether a value is of a shape; `whole` says that everything the shape names has to be there."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has(item, shape[0], whole=whole) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape) and not isinstance(value, bool)
+    if not isinstance(value, dict):
+        return False
+    if EACH in shape:
+        return all(_has(item, shape[EACH], whole=whole) for item in value.values())
+    return all(_has(value[name], of, whole=whole) if name in value else not whole for name, of in shape.items())
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -26,7 +98,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         run = strict_json.loads(data, str(path))
     except (InputMissingError, MalformedInputError):
         return None
-    return run if is_sealed(run, data) and isinstance(run.get("fingerprint"), str) else None
+    return run if is_sealed(run, data) and "fingerprint" in run and _has(run, _RUN, whole=False) else None
 
 
 def changed_files(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

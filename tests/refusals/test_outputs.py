@@ -4,7 +4,9 @@ there is not touched."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from streammerge.core.errors import WriteError
 from streammerge.sinks.run_folder import TAKEN
 from tests.refusals.making import (
     BASE_CONFIG,
+    INDEX,
     MARKER,
     STAGING,
     call,
@@ -26,12 +29,18 @@ from tests.refusals.making import (
     shard_name,
     tree_digest,
 )
+from tests.verification.outputs import flip
 
 
 def states(root: Path) -> dict[str, tuple[int, int, int]]:
     """What tells every file from one written again."""
     found = {path: path.stat() for path in root.rglob("*") if path.is_file()}
     return {str(path): (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+
+
+def header_of(out: Path) -> bytes:
+    """The beginning of the first shard, which its header is in."""
+    return (out / shard_name(0, 2)).read_bytes()[:4096]
 
 
 def unfinished(base: Path, adapter: Path, out: Path, *options: str) -> Path:
@@ -124,6 +133,49 @@ def test_the_finished_result_of_the_same_plan_is_left_alone_with_exit_0(tmp_path
     assert "already complete" in outcome.err
     assert outcome.out == f"{tmp_path / 'out'}\n"
     assert states(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda out: (out / shard_name(0, 2)).unlink(), f"`{shard_name(0, 2)}` is missing"),
+        (lambda out: os.truncate(out / shard_name(1, 2), 4096), f"`{shard_name(1, 2)}` has 4,096 bytes"),
+        (lambda out: os.truncate(out / BASE_CONFIG, 3), f"`{BASE_CONFIG}` has 3 bytes"),
+        (lambda out: flip(out / INDEX, 40), f"`{INDEX}`"),
+        (lambda out: flip(out / "generation_config.json", 3), "`generation_config.json` differs"),
+        (lambda out: flip(out / shard_name(0, 2), header_of(out).index(b"model.")), f"`{shard_name(0, 2)}`"),
+        (lambda out: flip(out / MARKER, (out / MARKER).read_bytes().index(b"delta_norm")), f"`{MARKER}`"),
+        (lambda out: shutil.copy(out / shard_name(0, 2), out / "model.safetensors"), "`model.safetensors` is not"),
+    ],
+    ids=["no shard", "short shard", "short config", "index", "sidecar", "header", "report", "one more"],
+)
+def test_a_finished_result_that_was_damaged_since_is_not_called_complete(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    base, adapter = inputs_at(tmp_path)
+    merged(base, adapter, tmp_path / "out")
+    damage(tmp_path / "out")
+    before = states(tmp_path / "out")
+    for options in ((), ("--no-verify",)):
+        outcome = call("run", base, adapter, "-o", tmp_path / "out", *options)
+        assert outcome.code == 6, outcome.err
+        assert said in outcome.err
+        assert "already complete" not in outcome.err
+        assert states(tmp_path / "out") == before
+    words = call("status", tmp_path / "out").out
+    assert "  damaged: " in words
+    assert said in words
+    assert "every run is refused without `--overwrite`" in words
+
+
+def test_a_damaged_result_is_made_anew_with_overwrite(tmp_path: Path) -> None:
+    base, adapter = inputs_at(tmp_path)
+    merged(base, adapter, tmp_path / "out")
+    whole = tree_digest(tmp_path / "out")
+    (tmp_path / "out" / shard_name(0, 2)).unlink()
+    os.truncate(tmp_path / "out" / shard_name(1, 2), 4096)
+    merged(base, adapter, tmp_path / "out", "--overwrite")
+    assert tree_digest(tmp_path / "out") == whole
 
 
 def test_options_that_change_no_byte_belong_to_the_same_plan(tmp_path: Path) -> None:

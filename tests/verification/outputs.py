@@ -38,7 +38,7 @@ def failed(out: Path, *words: str, options: tuple[object, ...] = ()) -> Outcome:
     assert outcome.code == 6, f"exit {outcome.code}\n{outcome.out}{outcome.err}"
     assert outcome.out == ""
     assert f"error: `{out}` failed verification" in outcome.err
-    assert "do not use this output; merge again into a new directory" in outcome.err
+    assert "do not use this output; merge again, into a new directory or with `--overwrite`" in outcome.err
     for word in words:
         assert word in outcome.err, f"`{word}` is not in\n{outcome.err}"
     assert tree_digest(out) == before

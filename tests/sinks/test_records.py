@@ -1,0 +1,104 @@
+"""What lies in an output may have been written by anybody: whatever stands in a record in the place of what we write
+there, the commands end with a code of the table, and never with a crash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streammerge.core import strict_json
+from streammerge.core.digests import sealed
+from streammerge.sinks.directory import OutputDirectory
+from streammerge.sinks.records import INPUTS
+from tests.refusals.making import MARKER, STAGING, call, inputs_at, merged
+
+OTHER_KINDS = (None, -1, "x", [None], {"x": None})
+
+
+def places(value: Any) -> Iterator[tuple[Any, ...]]:
+    """Ways to every part of a document, of things that are alike to the first one only."""
+    children: Any = enumerate(value[:1]) if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        names = sorted(value)
+        alike = all(isinstance(value[name], dict) for name in names) and names != ["adapters", "base"]
+        children = [(name, value[name]) for name in (names[:1] if alike else names)]
+    for name, child in children:
+        yield (name,)
+        yield from ((name, *rest) for rest in places(child))
+
+
+def replaced(value: Any, place: tuple[Any, ...], by: Any) -> Any:
+    """The document with another value at a place."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = by
+    return copy
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """A record whose own digest fits what it says."""
+    document.pop("digest", None)
+    path.write_bytes(strict_json.dumps(sealed(document)))
+
+
+def never_crash(base: Path, adapter: Path, whole: Path, spoil: Callable[[Path], object], what: str) -> None:
+    """Each command, on a copy of an output that is spoilt like this, must end with a code of the table."""
+    run = ("run", base, adapter, "-o", "OUT", "--no-verify")
+    for command in (("status", "OUT"), run, (*run, "--overwrite"))[: 3 if "None}" in what else 2]:
+        out = whole.with_name("spoilt")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out)
+        spoil(out)
+        outcome = call(*(out if word == "OUT" else word for word in command))
+        assert outcome.code in (0, 3, 5, 6), f"{command[0]}, {what}: exit {outcome.code}\n{outcome.err}"
+
+
+def stopped(base: Path, adapter: Path, out: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The folder that a run leaves which ends when everything is staged."""
+
+    def stop(*_: object) -> None:
+        raise OSError("stopped")
+
+    with patch.context() as inner:
+        inner.setattr(OutputDirectory, "publish", stop)
+        assert call("run", base, adapter, "-o", out).code == 1
+    (folder,) = (path.parent for path in (out / STAGING).rglob("run.json"))
+    return folder
+
+
+@pytest.mark.parametrize("name", [MARKER, INPUTS])
+def test_whatever_stands_in_a_record_beside_a_result_no_command_crashes(tmp_path: Path, name: str) -> None:
+    base, adapter = inputs_at(tmp_path)
+    merged(base, adapter, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / name).read_text())
+    for place in places(document):
+        for kind in OTHER_KINDS:
+            changed = replaced(document, place, kind)
+            never_crash(
+                base, adapter, tmp_path / "out", lambda out, it=changed: write(out / name, it), f"{place}: {kind}"
+            )
+
+
+def test_whatever_stands_in_the_record_of_a_run_no_command_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = inputs_at(tmp_path)
+    folder = stopped(base, adapter, tmp_path / "out", monkeypatch).relative_to(tmp_path / "out")
+    document = json.loads((tmp_path / "out" / folder / "run.json").read_text())
+    for place in places(document):
+        for kind in OTHER_KINDS:
+            changed = replaced(document, place, kind)
+            never_crash(
+                base,
+                adapter,
+                tmp_path / "out",
+                lambda out, it=changed: write(out / folder / "run.json", it),
+                f"{place}: {kind}",
+            )
