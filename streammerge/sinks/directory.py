@@ -219,6 +219,8 @@ class OutputDirectory:
         hint = "choose an `--output` that is empty or does not exist"
         if damaged:
             hint = f"the record `{min(damaged) / RUN}`, which told whose they are, cannot be read; {hint}"
+        if self.path.is_symlink() and not io.exists(self.path):
+            raise OutputExistsError(f"the output `{self.path}` is a link to what is not there", hint)
         if io.exists(self.path) and not io.is_dir(self.path):
             raise OutputExistsError(f"the output `{self.path}` is not a directory", hint)
         known = {*ours, *LATE, INPUTS} if ours else set()

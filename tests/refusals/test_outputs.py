@@ -115,6 +115,15 @@ def test_an_output_that_reaches_an_input_by_a_link_is_refused(tmp_path: Path) ->
     assert "lie inside each other" in outcome.err
 
 
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    base, adapter = inputs_at(tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    outcome = call("run", base, adapter, "-o", tmp_path / "link")
+    assert outcome.code == 5
+    assert f"the output `{tmp_path / 'link'}` is a link to what is not there" in outcome.err
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_an_output_in_the_hubs_cache_is_refused(tmp_path: Path) -> None:
     base, adapter = inputs_at(tmp_path)
     outcome = call("run", base, adapter, "-o", tmp_path / "models--org--name" / "snapshots" / "merged")
