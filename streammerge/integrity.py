@@ -8,7 +8,7 @@ raised together.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from streammerge.core.errors import (
     UsageError,
     VerificationError,
 )
+from streammerge.core.options import Options
+from streammerge.core.text import some_of
 from streammerge.formats.filenames import SAFETENSORS_INDEX, is_beside_a_checkpoint
 from streammerge.formats.index import check_index, parse_index
 from streammerge.formats.safetensors import read_header
@@ -94,10 +96,22 @@ def read_marker(output: Path) -> dict[str, Any]:
         raise VerificationError(
             str(output), (f"`{MARKER}` was changed after it was written: its own digest does not fit",)
         )
-    part = malformed_part(document)
-    if part:
-        raise VerificationError(str(output), (f"`{MARKER}` is no report of ours: it has no usable `{part}`",))
+    if problem := _unusable(document):
+        raise VerificationError(str(output), (f"`{MARKER}` is no report of this version: {problem}",))
     return document
+
+
+def _unusable(document: Mapping[str, Any]) -> str:
+    """What keeps an intact report from being one of ours, empty for nothing."""
+    if part := malformed_part(document):
+        return f"it has no usable `{part}`"
+    if unknown := sorted(document["options"].keys() - {item.name for item in fields(Options)}):
+        return f"it names {some_of(unknown)} as an option"
+    try:
+        Options.of(document["options"])
+    except UsageError as error:
+        return error.summary()
+    return ""
 
 
 def verify_digests(

@@ -7,14 +7,12 @@ what is not of the kind that we write there is found before anything is looked u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from streammerge.core import io, strict_json
 from streammerge.core.digests import is_sealed
 from streammerge.core.errors import InputError, InputMissingError, MalformedInputError
-from streammerge.core.options import Options
 from streammerge.core.text import some_of
 
 INPUTS = ".streammerge-inputs.json"
@@ -71,10 +69,7 @@ def malformed_part(report: Mapping[str, Any]) -> str | None:
     for name, shape in _REPORT.items():
         if name not in report or not _has(report[name], shape, whole=True):
             return name
-    known = {item.name for item in fields(Options)}
-    if not report["adapters"]:
-        return "adapters"
-    return None if report["options"].keys() <= known else "options"
+    return None if report["adapters"] else "adapters"
 
 
 def _has(value: Any, shape: Any, *, whole: bool) -> bool:
@@ -117,12 +112,10 @@ def told_apart(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What two merges differ in, by what their reports, or runs, say of their origin."""
 
     def digests(origin: Mapping[str, Any], *names: str) -> list[Any]:
-        listed = origin.get("adapters") or []
-        return [[item.get(name) for name in names] for item in listed if isinstance(item, dict)]
+        return [[item.get(name) for name in names] for item in origin.get("adapters") or []]
 
     def base(origin: Mapping[str, Any]) -> Any:
-        found = origin.get("base")
-        return found.get("digest") if isinstance(found, dict) else None
+        return (origin.get("base") or {}).get("digest")
 
     pairs = {
         "base": (base(theirs), base(ours)),

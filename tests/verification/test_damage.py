@@ -171,7 +171,25 @@ def test_a_report_that_lacks_a_part_or_holds_another_there_is_found(tmp_path: Pa
     _, _, out = finished(tmp_path)
     rewritten(out, lambda document: document.pop(name) if value is ... else document.update({name: value}))
     words = () if isinstance(value, str) and name in ("plan", "fingerprint") else (MARKER, f"no usable `{name}`")
+    if name == "options" and isinstance(value, dict):
+        words = (MARKER, "is no report of this version: it names `x` as an option")
     failed(out, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("dtype", "int8", "`dtype` is `int8`, not one of"),
+        ("sha256", "yes", "`sha256` is `yes`, not true or false"),
+        ("max_shard_size", "x", "`x` is not a size"),
+    ],
+)
+def test_a_report_with_an_option_that_makes_no_sense_is_found(
+    tmp_path: Path, name: str, value: object, said: str
+) -> None:
+    _, _, out = finished(tmp_path)
+    rewritten(out, lambda document: document["options"].update({name: value}))
+    failed(out, f"`{MARKER}` is no report of this version: {said}")
 
 
 @pytest.mark.parametrize("part", ["delta_norm", "ignored", "config_edits", "code"])
