@@ -20,6 +20,7 @@ code comes with the row. Fields hold raw data; `summary`, `details` and `hint` e
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, ClassVar
@@ -395,4 +396,4 @@ class Interrupted(StreamMergeError):
         return 128 + self.signum
 
     def summary(self) -> str:
-        return f"stopped by signal {self.signum}; the same command goes on from here"
+        return f"stopped by {signal.Signals(self.signum).name}; nothing is lost: run the same command again"

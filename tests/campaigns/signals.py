@@ -192,7 +192,9 @@ class Campaign:
         said = [line for line in err.splitlines() if line.startswith("error: ")]
         if process.returncode > 0:
             number = process.returncode - 128
-            if said != [f"error: stopped by signal {number}; the same command goes on from here"]:
+            if said != [
+                f"error: stopped by {signal.Signals(number).name}; nothing is lost: run the same command again"
+            ]:
                 self.wrong.append(f"{case}: said {err[-300:]}")
             if "Traceback" in err:
                 self.wrong.append(f"{case}: a traceback: {err[-300:]}")

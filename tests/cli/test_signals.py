@@ -93,7 +93,7 @@ def test_a_signal_ends_a_run_with_its_code_and_leaves_nothing_loadable(tmp_path:
     said, err = process.communicate(timeout=60)
     assert process.returncode == CODES[signum], err
     assert said == ""
-    assert f"error: stopped by signal {signum.value}; the same command goes on from here" in err
+    assert f"error: stopped by {signum.name}; nothing is lost: run the same command again" in err
     assert "Traceback" not in err
     assert_nothing_loadable(out)
     assert list(out.glob("*.safetensors*")) == []
@@ -268,7 +268,7 @@ def test_a_command_that_does_not_come_to_an_end_is_ended(program: str, signum: s
     process.send_signal(signum)
     err = ended(process)
     assert process.returncode == CODES[signum], err
-    assert f"error: stopped by signal {signum.value}; the same command goes on from here" in err
+    assert f"error: stopped by {signum.name}; nothing is lost: run the same command again" in err
 
 
 @pytest.mark.parametrize("program", [STUCK, TIRELESS], ids=["stuck", "tireless"])
