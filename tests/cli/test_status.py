@@ -9,8 +9,7 @@ import pytest
 
 from streammerge.core import digests
 from streammerge.core.locks import lock
-from streammerge.sinks.directory import OutputDirectory
-from tests.refusals.making import STAGING, call, inputs_at, merged
+from tests.refusals.making import STAGING, call, inputs_at, merged, staged
 
 
 def status(out: Path) -> dict[str, object]:
@@ -18,17 +17,6 @@ def status(out: Path) -> dict[str, object]:
     outcome = call("status", out, "--json")
     assert outcome.code == 0, outcome.err
     return json.loads(outcome.out)
-
-
-def stopped(base: Path, adapter: Path, out: Path, patch: pytest.MonkeyPatch) -> None:
-    """A run that ends when everything is staged."""
-
-    def stop(*_: object) -> None:
-        raise OSError("stopped")
-
-    with patch.context() as inner:
-        inner.setattr(OutputDirectory, "publish", stop)
-        assert call("run", base, adapter, "-o", out).code == 1
 
 
 def test_where_nothing_is_a_run_begins(tmp_path: Path) -> None:
@@ -61,7 +49,7 @@ def test_a_finished_result_names_its_inputs_and_its_size(tmp_path: Path) -> None
 def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
     base, adapter = inputs_at(tmp_path)
     monkeypatch.setattr(digests, "BLOCK", 4 * 2**20)
-    stopped(base, adapter, tmp_path / "out", monkeypatch)
+    staged(base, adapter, tmp_path / "out", monkeypatch)
     (journal,) = (tmp_path / "out" / STAGING).rglob("journal")
     lines = [line for line in journal.read_bytes().split(b"\n") if line]
     journal.write_bytes(b"\n".join(lines[: len(lines) - lost]))
@@ -78,7 +66,7 @@ def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path, monkeypatch: pyt
 
 def test_a_run_at_work_is_told_from_one_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = inputs_at(tmp_path)
-    stopped(base, adapter, tmp_path / "out", monkeypatch)
+    staged(base, adapter, tmp_path / "out", monkeypatch)
     held = lock(tmp_path / "out" / STAGING / "lock")
     assert held is not None
     assert status(tmp_path / "out")["at_work"]

@@ -15,13 +15,18 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from streammerge.cli import main
+from streammerge.sinks.directory import OutputDirectory
+from streammerge.sinks.records import RUN
+
+if TYPE_CHECKING:
+    import pytest
 
 HIDDEN, INNER, VOCABULARY, LAYERS, RANK, ALPHA = 16, 32, 24, 2, 2, 4
 TORCH_DTYPES = {
@@ -231,6 +236,19 @@ def merged(base: Path, adapters: Path | Sequence[Path], out: Path, *options: obj
     assert outcome.code == 0, outcome.err
     assert (out / MARKER).exists()
     return outcome
+
+
+def staged(base: Path, adapter: Path, out: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that ended when all was staged and nothing published."""
+
+    def stop(*_: object) -> None:
+        raise OSError("stopped")
+
+    with patch.context() as inner:
+        inner.setattr(OutputDirectory, "publish", stop)
+        assert call("run", base, adapter, "-o", out).code == 1
+    (record,) = (out / STAGING).rglob(RUN)
+    return record.parent
 
 
 def refused(

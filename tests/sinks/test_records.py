@@ -13,9 +13,8 @@ import pytest
 
 from streammerge.core import strict_json
 from streammerge.core.digests import sealed
-from streammerge.sinks.directory import OutputDirectory
-from streammerge.sinks.records import INPUTS
-from tests.refusals.making import MARKER, STAGING, call, inputs_at, merged
+from streammerge.sinks.records import INPUTS, RUN
+from tests.refusals.making import MARKER, call, inputs_at, merged, staged
 
 OTHER_KINDS = (None, -1, "x", [None], {"x": None})
 
@@ -65,19 +64,6 @@ def never_crash(base: Path, adapter: Path, whole: Path, record: Path, document: 
                 assert outcome.code in (0, 3, 5, 6), f"{command}, {place}: {kind}: exit {outcome.code}\n{outcome.err}"
 
 
-def stopped(base: Path, adapter: Path, out: Path, patch: pytest.MonkeyPatch) -> Path:
-    """The folder that a run leaves which ends when everything is staged."""
-
-    def stop(*_: object) -> None:
-        raise OSError("stopped")
-
-    with patch.context() as inner:
-        inner.setattr(OutputDirectory, "publish", stop)
-        assert call("run", base, adapter, "-o", out).code == 1
-    (folder,) = (path.parent for path in (out / STAGING).rglob("run.json"))
-    return folder
-
-
 @pytest.mark.parametrize("name", [MARKER, INPUTS])
 def test_whatever_stands_in_a_record_beside_a_result_no_command_crashes(tmp_path: Path, name: str) -> None:
     base, adapter = inputs_at(tmp_path)
@@ -90,6 +76,6 @@ def test_whatever_stands_in_the_record_of_a_run_no_command_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = inputs_at(tmp_path)
-    folder = stopped(base, adapter, tmp_path / "out", monkeypatch).relative_to(tmp_path / "out")
-    document = json.loads((tmp_path / "out" / folder / "run.json").read_text())
-    never_crash(base, adapter, tmp_path / "out", folder / "run.json", document)
+    folder = staged(base, adapter, tmp_path / "out", monkeypatch).relative_to(tmp_path / "out")
+    document = json.loads((tmp_path / "out" / folder / RUN).read_text())
+    never_crash(base, adapter, tmp_path / "out", folder / RUN, document)
