@@ -74,9 +74,8 @@ def execute(
             if chosen.overwrite or directory.state() is not State.FINISHED:
                 check_space(plan, output, directory.reclaimable())
                 refuse_io(chosen.io, output)
-            is_ours = directory.claim(about, files, overwrite=chosen.overwrite)
-        if not is_ours:
-            return Report(output, directory.marker(), "already complete", time.monotonic() - began)
+            if not directory.claim(about, files, overwrite=chosen.overwrite):
+                return Report(output, directory.marker(), "already complete", time.monotonic() - began)
         publisher = Publisher(plan, inputs, directory, progress)
         try:
             with _undisturbed(output):
