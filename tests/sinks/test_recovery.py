@@ -15,6 +15,7 @@ from streammerge.core import digests
 from streammerge.core.errors import InputMissingError, OutputExistsError, WriteError
 from streammerge.core.locks import lock
 from streammerge.sinks import shards
+from streammerge.sinks.buffers import WriteBehind
 from streammerge.sinks.directory import MARKER, STAGING, OutputDirectory
 from streammerge.sinks.journal import JOURNAL
 from tests.refusals.making import tree_digest
@@ -26,6 +27,12 @@ PIECE, BLOCK = 2**13, 2**14
 
 class Failed(Exception):
     """What a run is stopped with here."""
+
+
+def written_at_once(behind: WriteBehind, buffer: memoryview, write: Callable[[], None]) -> None:
+    """What hands a piece to the writing threads, without them."""
+    write()
+    behind.release(buffer)
 
 
 class Subject:
@@ -54,10 +61,12 @@ class Subject:
         return streammerge.merge(self.base, self.adapters, out or self.out, verify=False, workers=1)
 
     def stop(self, at: int) -> None:
-        """A run that ends after so many pieces."""
+        """A run that ends after so many pieces, all of them written: it drops those whose turn has not come."""
         self.stop_at = at
-        with pytest.raises(Failed):
-            self.merge()
+        with self.patch.context() as patch:
+            patch.setattr(WriteBehind, "submit", written_at_once)
+            with pytest.raises(Failed):
+                self.merge()
         self.stop_at = None
 
     @property
