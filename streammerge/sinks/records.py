@@ -20,7 +20,7 @@ INPUTS = ".streammerge-inputs.json"
 RUN = "run.json"
 """In the folder of a run: which plan and inputs it belongs to, and the files it would write."""
 
-EACH = "*"
+_EACH = "*"
 """Stands for every name that an object has."""
 _NUMBER = int | float
 _ORIGIN = {
@@ -32,10 +32,10 @@ _ORIGIN = {
     "options": dict,
 }
 _INPUTS = {"base": str, "adapters": [str], "rules": str}
-_FILES = {EACH: {"size": int, "blocks": [str]}}
+_FILES = {_EACH: {"size": int, "blocks": [str]}}
 _REPORT = {
     **_ORIGIN,
-    "tensors": {EACH: {"dtype": str, "shape": [int]}},
+    "tensors": {_EACH: {"dtype": str, "shape": [int]}},
     "files": _FILES,
     "sidecars": _FILES,
     "code": [str],
@@ -45,7 +45,7 @@ _RUN = {
     "files": [str],
     "sizes": [int],
     "inputs": _INPUTS,
-    "base_files": {EACH: [int]},
+    "base_files": {_EACH: [int]},
 }
 """What stands in a report and in the record of a run, as far as somebody looks at it: a kind, a list of one kind, or an
 object by its names."""
@@ -80,8 +80,8 @@ def _has(value: Any, shape: Any, *, whole: bool) -> bool:
         return isinstance(value, shape) and not isinstance(value, bool)
     if not isinstance(value, dict):
         return False
-    if EACH in shape:
-        return all(_has(item, shape[EACH], whole=whole) for item in value.values())
+    if _EACH in shape:
+        return all(_has(item, shape[_EACH], whole=whole) for item in value.values())
     return all(_has(value[name], of, whole=whole) if name in value else not whole for name, of in shape.items())
 
 

@@ -24,7 +24,7 @@ def places(value: Any) -> Iterator[tuple[Any, ...]]:
     children: Any = enumerate(value[:1]) if isinstance(value, list) else ()
     if isinstance(value, dict):
         names = sorted(value)
-        alike = all(isinstance(value[name], dict) for name in names) and names != ["adapters", "base"]
+        alike = all(isinstance(value[name], dict) for name in names)
         children = [(name, value[name]) for name in (names[:1] if alike else names)]
     for name, child in children:
         yield (name,)
